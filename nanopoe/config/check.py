@@ -1,0 +1,139 @@
+"""What a valid file can still get wrong: rules between fields. Everything is listed; nothing is ever adjusted."""
+
+from __future__ import annotations
+
+import fnmatch
+import posixpath
+from collections import Counter
+from collections.abc import Iterator
+
+from nanopoe.config.layout import SMEAR_CHANNELS
+from nanopoe.config.schema import CycleConfig, DataConfig, Experiment, ModelConfig, SourceConfig
+
+SMALLEST_VOCAB = 256 + 9      # every byte, and the nine special tokens
+
+
+def check(exp: Experiment) -> list[str]:
+    """Problems of an experiment whose fields are valid one by one, `key: what` a line; empty if there are none."""
+    return [*_shape(exp.model), *_stages(exp.model), *_objective(exp), *_batch(exp), *_data(exp.data),
+            *_folders(exp), *(p for i, cycle in enumerate(exp.schedule.cycles) for p in _cycle(i, cycle))]
+
+
+def divisors(n: int) -> list[int]:
+    """All positive divisors, ascending."""
+    small = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
+
+
+def _some_divisors(n: int) -> str:
+    found = divisors(n)
+    return ", ".join(map(str, found[:12])) + (", ..." if len(found) > 12 else "")
+
+
+def _shape(m: ModelConfig) -> Iterator[str]:
+    if m.n_embd < SMEAR_CHANNELS:
+        yield f"model.n_embd: {m.n_embd} is too narrow; the smear gate reads {SMEAR_CHANNELS} channels"
+    if m.n_embd % m.n_head:
+        yield f"model.n_head: {m.n_head} does not divide n_embd {m.n_embd}; choose a divisor"
+    elif m.n_embd // m.n_head % 2:
+        yield f"model.n_head: head dim {m.n_embd // m.n_head} is odd; rotary positions turn pairs of channels"
+    if m.n_head % m.n_kv_head:
+        yield f"model.n_kv_head: {m.n_kv_head} does not divide n_head {m.n_head}; use one of {_some_divisors(m.n_head)}"
+    if m.vocab_size < SMALLEST_VOCAB:
+        yield f"model.vocab_size: {m.vocab_size} is below {SMALLEST_VOCAB} (256 bytes and nine special tokens)"
+    if m.ve_layers is not None and (list(m.ve_layers) != sorted(set(m.ve_layers))
+                                    or any(i >= m.n_layer for i in m.ve_layers)):
+        yield f"model.ve_layers: must be ascending layers below n_layer {m.n_layer}"
+    if m.window_sizes is not None and (len(m.window_sizes) != m.n_layer or max(m.window_sizes) > m.sequence_len):
+        yield f"model.window_sizes: needs {m.n_layer} windows (n_layer), none over sequence_len {m.sequence_len}"
+
+
+def _stages(m: ModelConfig) -> Iterator[str]:
+    if m.poe_mode == "none":
+        for key in ("poe_every", "poe_stage_layers"):
+            if getattr(m, key) is not None:
+                yield f"model.{key}: must be null with poe_mode none, which has no stages"
+        if m.stage_heads:
+            yield "model.stage_heads: must be false with poe_mode none, which has no stages"
+        if m.detach_x0:
+            yield "model.detach_x0: must be false with poe_mode none, which has no stages"
+    elif (m.poe_every is None) == (m.poe_stage_layers is None):
+        yield f"model.poe_every: poe_mode {m.poe_mode} needs either poe_every or poe_stage_layers, the other null"
+    elif m.poe_every is not None and m.n_layer % m.poe_every:
+        yield (f"model.poe_every: {m.poe_every} does not divide n_layer {m.n_layer}; "
+               f"use one of {_some_divisors(m.n_layer)}")
+    elif m.poe_stage_layers is not None and sum(m.poe_stage_layers) != m.n_layer:
+        yield (f"model.poe_stage_layers: {_short(m.poe_stage_layers)} sums to {sum(m.poe_stage_layers)}, "
+               f"n_layer is {m.n_layer}")
+
+
+def _short(items: tuple[int, ...]) -> str:
+    return str(list(items)) if len(items) <= 16 else f"a list of {len(items)}"
+
+
+def _objective(exp: Experiment) -> Iterator[str]:
+    o, mode = exp.objective, exp.model.poe_mode
+    if o.kind == "residual_logop" and mode != "flat":
+        yield f"objective.kind: residual_logop needs poe_mode flat (the pool before a stage is fixed), got {mode}"
+    if o.kind == "residual_logop" and o.rho is None:
+        yield "objective.rho: residual_logop needs it (0.5 is the published choice)"
+    if o.kind != "residual_logop" and o.rho is not None:
+        yield f"objective.rho: must be null with kind {o.kind}, which does not use it"
+
+
+def _batch(exp: Experiment) -> Iterator[str]:
+    tokens, micro = exp.batch.tokens_per_step, exp.model.sequence_len * exp.batch.device_batch_size
+    if tokens % micro:
+        below, above = tokens // micro * micro, -(-tokens // micro) * micro
+        near = f"{below} or {above}" if below else f"{above}"
+        yield (f"batch.tokens_per_step: {tokens} is not a multiple of sequence_len * device_batch_size = {micro}; "
+               f"nearest {near}")
+
+
+def _cycle(index: int, c: CycleConfig) -> Iterator[str]:
+    at, down = f"schedule.cycles.{index}", round(c.warmdown_ratio * c.steps)
+    if c.warmup_steps + down > c.steps:
+        yield f"{at}.warmup_steps: {c.warmup_steps} + warm-down {down} exceed the cycle's {c.steps} steps"
+    if c.momentum_warmup_steps + down > c.steps:
+        yield (f"{at}.momentum_warmup_steps: {c.momentum_warmup_steps} + warm-down {down} exceed "
+               f"the cycle's {c.steps} steps")
+
+
+def _data(d: DataConfig) -> Iterator[str]:
+    for split, sources in (("train", d.train), ("val", d.val)):
+        for name, n in Counter(s.name for s in sources).items():
+            if n > 1:
+                yield f"data.{split}: {n} sources named {name!r}; names are keys"
+        for i, source in enumerate(sources):
+            if not source.path:
+                yield f"data.{split}.{i}.path: empty"
+            if source.files is not None and (not source.files or "/" in source.files):
+                yield f"data.{split}.{i}.files: {source.files!r} is not a pattern of file names inside the folder"
+    for i, val in enumerate(d.val):
+        for j, train in enumerate(d.train):
+            if _overlap(val, train):
+                yield f"data.val.{i}: reads the same files as data.train.{j} ({val.path}); the splits must not overlap"
+
+
+def _overlap(a: SourceConfig, b: SourceConfig) -> bool:
+    """Whether the two surely share files, as far as the names tell: the loader sees the files themselves."""
+    if posixpath.normpath(a.path) != posixpath.normpath(b.path):
+        return False
+    one, other = a.files or "*.parquet", b.files or "*.parquet"
+    return one == other or fnmatch.fnmatchcase(one, other) or fnmatch.fnmatchcase(other, one)
+
+
+def _folders(exp: Experiment) -> Iterator[str]:
+    """The run is written into a folder that is clearly meant: no way up, not a root, not the user's data."""
+    if exp.name.strip(".") == "":
+        yield f"name: {exp.name!r} is not a name"
+    if not exp.tokenizer:
+        yield "tokenizer: empty"
+    if exp.run_dir is None:
+        return
+    parts = exp.run_dir.replace("\\", "/").split("/")
+    if ".." in parts or exp.run_dir.startswith("~") or not any(p.strip(".") for p in parts):
+        yield f"run_dir: {exp.run_dir!r} is not a safe folder; name one without '..' or '~', such as out/{exp.name}"
+    inputs = [exp.tokenizer, *(s.path for s in (*exp.data.train, *exp.data.val))]
+    if posixpath.normpath(exp.run_dir) in map(posixpath.normpath, inputs):
+        yield f"run_dir: {exp.run_dir!r} is also read from; a run needs a folder of its own"

@@ -1,0 +1,173 @@
+"""Parameters, tensors, FLOPs and memory by arithmetic alone: no torch, no model, exact where it can be (SPEC 1)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from nanopoe.config.layout import SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
+from nanopoe.config.schema import Experiment, ModelConfig
+
+GROUPS = ("lm_head", "stage_heads", "wte", "value_embeds", "matrices", "scalars")
+HEAD_CHUNK_ELEMENTS = 1 << 24     # rows x vocabulary of one chunk of logits, as in nanopoe/model/stages.py
+HEAD_CHUNK_COPIES = 4             # fp32 in a chunk: raw, capped, log-probabilities, gradient
+FP32 = 4
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+def parameter_shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of the model, trained or not; equal to the built model's `named_parameters`."""
+    layout = layout_of(m)
+    d, kv, vocab = m.n_embd, m.n_kv_head * layout.head_dim, layout.padded_vocab
+    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (vocab, d)}
+    for i in range(m.n_layer):
+        attn, mlp = f"transformer.h.{i}.attn", f"transformer.h.{i}.mlp"
+        shapes |= {f"{attn}.c_q.weight": (d, d), f"{attn}.c_k.weight": (kv, d), f"{attn}.c_v.weight": (kv, d),
+                   f"{attn}.c_proj.weight": (d, d)}
+        if i in layout.ve_layers:
+            shapes[f"{attn}.ve_gate.weight"] = (m.n_kv_head, VE_GATE_CHANNELS)
+        shapes |= {f"{mlp}.c_fc.weight": (layout.intermediate, d), f"{mlp}.c_proj.weight": (d, layout.intermediate)}
+    shapes |= {f"value_embeds.{i}.weight": (vocab, kv) for i in layout.ve_layers}
+    shapes["lm_head.weight"] = (vocab, d)
+    shapes |= {f"lm_head_stages.{k}.weight": (vocab, d) for k in range(layout.stage_heads)}
+    return shapes | {"resid_lambdas": (m.n_layer,), "x0_lambdas": (m.n_layer,),
+                     "smear_gate.weight": (1, SMEAR_CHANNELS), "smear_lambda": (1,), "backout_lambda": (1,)}
+
+
+def group_of(name: str) -> str:
+    """The group, one of GROUPS, that a parameter is counted in. ve_gate is a block matrix (SPEC 9)."""
+    if name.startswith("transformer.h."):
+        return "matrices"
+    for prefix, group in (("lm_head_stages.", "stage_heads"), ("lm_head.", "lm_head"), ("transformer.wte.", "wte"),
+                          ("value_embeds.", "value_embeds")):
+        if name.startswith(prefix):
+            return group
+    return "scalars"
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Elements; `scaling` is what the weight decay is scaled by: block matrices and lm_head (SPEC 1, 9)."""
+
+    total: int
+    tensors: int
+    by_group: dict[str, int]
+
+    @property
+    def scaling(self) -> int:
+        return self.by_group["matrices"] + self.by_group["lm_head"]
+
+
+def count_parameters(m: ModelConfig) -> ParameterCounts:
+    """N = V d (2+H) + L (2d^2 + 2 d kv + 2 d I) + n_ve (V kv + 12 n_kv) + 2L + 26, by group (SPEC 1)."""
+    shapes = parameter_shapes(m)
+    by_group = dict.fromkeys(GROUPS, 0)
+    for name, shape in shapes.items():
+        by_group[group_of(name)] += math.prod(shape)
+    return ParameterCounts(sum(by_group.values()), len(shapes), by_group)
+
+
+def scaling_parameters(m: ModelConfig) -> int:
+    """Elements of the block matrices and lm_head: 729,810,624 at d24, 110,100,912 at d12 (SPEC 1)."""
+    return count_parameters(m).scaling
+
+
+# -- arithmetic work --------------------------------------------------------------------------------------------------
+
+def forward_flops_per_stage(m: ModelConfig) -> list[int]:
+    """K numbers: FLOPs of one token through the blocks of a stage and its head, forward only.
+
+    2 per element of a matmul weight (block matrices with ve_gate; one padded V x d head a stage, since a stage head
+    is added to the shared one before the matmul) and 4 H head_dim min(window, T) per layer for the scores and their
+    use. Embedding look-ups, norms, smear and softmax are left out, as is usual.
+    """
+    layout = layout_of(m)
+    return [sum(_block_flops(m, layout, i) for i in layout.stage_layers(k)) + 2 * layout.padded_vocab * m.n_embd
+            for k in range(layout.n_stages)]
+
+
+def flops_per_token(m: ModelConfig) -> int:
+    """FLOPs of one trained token, forward and backward: three times the forward, i.e. 6 per element of a matmul
+    weight and use, and 12 H head_dim min(window, T) of attention per layer (PaLM's appendix B, arXiv 2204.02311)."""
+    return 3 * sum(forward_flops_per_stage(m))
+
+
+def _block_flops(m: ModelConfig, layout: Layout, layer: int) -> int:
+    kv = m.n_kv_head * layout.head_dim
+    elements = 2 * m.n_embd**2 + 2 * m.n_embd * kv + 2 * m.n_embd * layout.intermediate
+    if layer in layout.ve_layers:
+        elements += m.n_kv_head * VE_GATE_CHANNELS
+    seen = min(layout.window_sizes[layer], m.sequence_len)
+    return 2 * elements + 4 * m.n_head * layout.head_dim * seen
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. The first three are exact, activations are an estimate (see `activation_bytes`)."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self) | {"total": self.total}
+
+
+def memory_per_rank(exp: Experiment, world_size: int) -> Memory:
+    """Bytes of the fullest of `world_size` ranks: fp32 weights and gradients whole, optimizer state sharded."""
+    shapes = parameter_shapes(exp.model)
+    trained = dict(_trained(exp.model, shapes))
+    return Memory(
+        weights=FP32 * sum(map(math.prod, shapes.values())),
+        gradients=FP32 * sum(map(math.prod, trained.values())),
+        optimizer=FP32 * optimizer_elements(trained, world_size),
+        activations=activation_bytes(exp),
+    )
+
+
+def _trained(m: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return ((n, s) for n, s in shapes.items() if n != "backout_lambda" or m.poe_mode == "none")
+
+
+def optimizer_elements(trained: dict[str, tuple[int, ...]], world_size: int) -> int:
+    """State of the fullest rank. Muon: whole matrices, ceil(n/W) of the n of one shape, each with a momentum and a
+    second moment factored to its longer side. AdamW: two moments of ceil(R/W) of the R rows of a tensor."""
+    matrices = Counter(shape for name, shape in trained.items() if group_of(name) == "matrices")
+    muon = sum(-(-n // world_size) * (rows * cols + max(rows, cols)) for (rows, cols), n in matrices.items())
+    adamw = sum(2 * -(-rows // world_size) * math.prod(rest) for name, (rows, *rest) in trained.items()
+                if group_of(name) != "matrices")
+    return muon + adamw
+
+
+def activation_bytes(exp: Experiment) -> int:
+    """Estimate for one micro-batch at the peak of the backward.
+
+    Assumed: no recomputation; a fused attention that keeps no scores; per layer and token 5d (residual in, its norm,
+    attention out, residual middle, its norm), q, k and v before and after rotation and norm, 2I of the MLP, in the
+    compute dtype; the gradient of the residual stream and x0; logits in chunks (HEAD_CHUNK_ELEMENTS). `flat` runs
+    each stage's backward before the next forward and holds the largest stage only; `none` and `hier` hold all
+    layers. residual_logop also keeps the fp32 pool of all rows. The compute dtype `auto` counts as 2 bytes, on
+    `cpu` as 4.
+    """
+    m, layout = exp.model, layout_of(exp.model)
+    dtype, device = exp.runtime.compute_dtype, exp.runtime.device
+    size = 4 if dtype == "float32" or (dtype == "auto" and device == "cpu") else 2
+    rows = exp.batch.device_batch_size * m.sequence_len
+    depth = max(len(layout.stage_layers(k)) for k in range(layout.n_stages)) if m.poe_mode == "flat" else m.n_layer
+    qkv = m.n_embd + 2 * m.n_kv_head * layout.head_dim
+    per_token = depth * (5 * m.n_embd + 2 * qkv + 2 * layout.intermediate) + 2 * m.n_embd
+    if m.poe_mode == "hier":
+        per_token += layout.n_stages * m.n_embd                       # gradients that wait at the boundaries
+    head = min(rows * m.vocab_size, HEAD_CHUNK_ELEMENTS) * HEAD_CHUNK_COPIES * FP32
+    pool = rows * m.vocab_size * FP32 if exp.objective.kind == "residual_logop" else 0
+    return rows * per_token * size + head + pool

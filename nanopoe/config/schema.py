@@ -1,0 +1,165 @@
+"""The experiment: every knob, typed, frozen, strict. No torch here, so checking a file takes no time.
+
+Rule: a knob that changes the learned weights has no default and stands in the experiment file; a knob that only
+changes what we see, or how fast, may have one. Absent is `null`, never -1.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# Upper bounds: far above any use, and low enough that no arithmetic on a file of strangers can exhaust the memory.
+Positive = Annotated[int, Field(ge=1, le=2**40)]
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
+Depth = Annotated[int, Field(ge=1, le=4096)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(Strict):
+    """Architecture (SPEC 1) and stages (SPEC 2)."""
+
+    n_layer: Depth
+    n_embd: Size
+    n_head: Size
+    n_kv_head: Size = Field(description="key/value heads; fewer than n_head is grouped-query attention")
+    intermediate_size: Size | None = Field(description="inner size of the MLP; null means 4 * n_embd")
+    vocab_size: Size = Field(description="tokens, the nine specials included")
+    sequence_len: Size = Field(description="T, the training context in tokens")
+    window_pattern: str = Field(pattern="^[SL]+$", description="tiled over layers; the last layer is always L")
+    poe_mode: Literal["none", "flat", "hier"] = Field(
+        description="none = backprop with one loss; flat = PoE, detached stages; hier = stage losses, no detach")
+    poe_every: Depth | None = Field(description="a stage boundary after every so many layers")
+    poe_stage_layers: tuple[Depth, ...] | None = Field(description="layers of each stage; sums to n_layer")
+    stage_heads: bool = Field(description="an additive head per stage beside the shared one")
+    detach_x0: bool = Field(description="also cut the gradient into x0: embedding learns from stage 0 alone")
+    ve_layers: tuple[Count, ...] | None = Field(
+        default=None,
+        description="layers with value embeddings; null derives them from n_layer (truncated models say it)")
+    window_sizes: tuple[Size, ...] | None = Field(
+        default=None, description="left window of each layer in tokens; null derives them from window_pattern")
+
+
+class ObjectiveConfig(Strict):
+    """The loss of a stage (SPEC 2)."""
+
+    kind: Literal["ce", "residual_logop"]
+    alpha: Fraction = Field(description="total = sum_k CE_k / K^(1-alpha); inert but for optimizer eps")
+    rho: Fraction | None = Field(description="residual_logop only: weight of the pooled term")
+
+
+class SourceConfig(Strict):
+    """One folder of parquet shards."""
+
+    name: str = Field(pattern="^[A-Za-z0-9._-]+$")
+    path: str = Field(description="folder of *.parquet with a string column `text`")
+    files: str | None = Field(default=None, description="glob inside the folder; null means *.parquet")
+    weight: Rate = Field(default=1.0, description="share of the tokens, relative to the other sources")
+    code: bool = Field(default=False, description="program text: never case-augmented")
+
+
+class DataConfig(Strict):
+    """What is read, in which order, and how rows are packed."""
+
+    train: tuple[SourceConfig, ...] = Field(min_length=1)
+    val: tuple[SourceConfig, ...] = Field(min_length=1)
+    lanes: Annotated[int, Field(ge=1, le=65536)] = Field(
+        description="fixed logical streams; the world size must divide it")
+    buffer_documents: Positive = Field(description="documents a lane chooses from when it fills a row")
+    case_aug_prob: Fraction = Field(description="share of training documents re-cased (SPEC 8)")
+
+
+class BatchConfig(Strict):
+    tokens_per_step: Positive = Field(description="global batch in tokens")
+    device_batch_size: Positive = Field(description="rows of one micro-batch on one rank")
+
+
+class CycleConfig(Strict):
+    """One warm-up, hold, warm-down; cycles follow each other and are append-only (SPEC 9)."""
+
+    steps: Positive
+    warmup_steps: Count
+    warmdown_ratio: Fraction = Field(description="warm-down lasts round(ratio * steps)")
+    peak: Rate = Field(description="multiplier of every learning rate at the hold")
+    final_frac: Fraction = Field(description="the last multiplier as a fraction of the peak")
+    momentum_warmup_steps: Count = Field(description="Muon momentum .85 -> .97 over these; 0 = no ramp")
+
+
+class ScheduleConfig(Strict):
+    cycles: tuple[CycleConfig, ...] = Field(min_length=1)
+
+
+class OptimConfig(Strict):
+    """Learning rates before scaling; the group table is nanopoe/optim/groups.py (SPEC 9)."""
+
+    matrix_lr: Rate
+    embedding_lr: Rate
+    unembedding_lr: Rate
+    scalar_lr: Rate
+    weight_decay: NonNegative = Field(description="Muon, before the two scalings; cosine to 0 over a cycle")
+    reference_batch_tokens: Positive | None = Field(
+        description="rates times sqrt(batch / this), decay likewise; null = no scaling")
+    reference_scaling_params: Positive | None = Field(
+        description="decay times this / scaling parameters of the model; null = no scaling")
+
+
+class RuntimeConfig(Strict):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    threads: Depth | None = Field(default=None, description="CPU threads of a rank; null = cores / ranks here")
+    timeout_s: Positive = Field(default=600, description="of a collective")
+
+
+class CheckpointConfig(Strict):
+    every: Positive | None = Field(default=None, description="steps; null = only at the end")
+    keep_last: Positive | None = Field(default=None, description="older ones are removed; null = keep all")
+
+
+class EvaluationConfig(Strict):
+    every: Positive | None = Field(default=None, description="steps; null = only at the end")
+    tokens: Positive = Field(default=131072, description="of the validation split, rounded up to whole batches")
+
+
+class LoggingConfig(Strict):
+    every: Positive = Field(default=1, description="steps between console lines when not on a terminal")
+    pool_every: Positive = Field(
+        default=10, description="steps between looks at the pool's training loss, which costs a pass")
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "nanopoe"
+
+
+class ResumeConfig(Strict):
+    step: Count | None = Field(default=None, description="checkpoint to go on from; null = the newest, or a new run")
+
+
+class Experiment(Strict):
+    """One YAML file. `run_dir` is where everything of the run is written."""
+
+    name: str = Field(pattern="^[A-Za-z0-9._-]+$")
+    run_dir: str | None = Field(default=None, description="null means out/<name>")
+    seed: Count
+    tokenizer: str = Field(description="folder written by scripts.train_tokenizer")
+    model: ModelConfig
+    objective: ObjectiveConfig
+    data: DataConfig
+    batch: BatchConfig
+    schedule: ScheduleConfig
+    optim: OptimConfig
+    runtime: RuntimeConfig = RuntimeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    resume: ResumeConfig = ResumeConfig()
+
+    @property
+    def out(self) -> str:
+        return self.run_dir or f"out/{self.name}"

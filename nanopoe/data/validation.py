@@ -1,0 +1,62 @@
+"""The validation rows: file order, no shuffle, no augmentation, packed as in training, the same for every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanopoe.data.lanes import EncodeBatch, Lane, Stream, Tokenize
+from nanopoe.data.order import FileOrder
+from nanopoe.data.shards import Source
+from nanopoe.errors import DataError
+
+
+@dataclass(frozen=True)
+class EvalBatches:
+    """Batches of one rank, int32 (b, T+1) with b <= device_batch_size; iterates over them.
+
+    `rows` and `rows_wanted` count over all ranks; fewer than wanted means that the split is too small.
+    """
+
+    batches: list[torch.Tensor]
+    rows: int
+    rows_wanted: int
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.batches)
+
+    @property
+    def complete(self) -> bool:
+        return self.rows == self.rows_wanted
+
+
+def eval_batches(sources: Sequence[Source], encode_batch: EncodeBatch, bos_id: int, *, tokens: int,
+                 sequence_len: int, device_batch_size: int, buffer_documents: int, rank: int = 0, world_size: int = 1,
+                 threads: int = 1) -> EvalBatches:
+    """The first ceil(tokens / T) rows of the validation split; row i belongs to rank i mod W.
+
+    Neither the world size nor the device batch size changes which rows there are. Several sources are mixed by weight
+    while all last. DataError if the split does not fill a single row.
+    """
+    rows_wanted = -(-tokens // sequence_len)
+    lane = _file_lane(sources, Tokenize(encode_batch, bos_id, sequence_len + 1, 0, 0.0, threads), buffer_documents)
+    rows: list[np.ndarray] = []
+    while len(rows) < rows_wanted:
+        row = np.empty(sequence_len + 1, dtype=np.int32)
+        if lane.fill(row) is None:
+            break
+        rows.append(row)
+    if not rows:
+        raise DataError(f"the validation split does not fill one row of {sequence_len + 1} tokens",
+                        ", ".join(source.name for source in sources), "add validation data")
+    own = torch.from_numpy(np.stack(rows))[rank::world_size]
+    return EvalBatches(list(own.split(device_batch_size)) if len(own) else [], len(rows), rows_wanted)
+
+
+def _file_lane(sources: Sequence[Source], tokenize: Tokenize, buffer_documents: int) -> Lane:
+    streams = {source.name: Stream(source, FileOrder(source.n_documents), tokenize, 1, {0: [0, 0]}, epochs=1)
+               for source in sources}
+    return Lane(0, streams, buffer_documents, tokenize.max_tokens, {source.name: 0 for source in sources})

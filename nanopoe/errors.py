@@ -1,0 +1,136 @@
+"""Errors of people: what went wrong, where, and what to do, shown as one line and turned into an exit code.
+
+`assert` is for our own bugs; everything that a user, a file or a machine can cause is one of these.
+Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 lost peer, 7 storage, 1 a bug of ours,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+class NanopoeError(Exception):
+    """Base of the tree. `what` happened, `where` (file, key, tensor, rank), and what to `do` about it."""
+
+    kind = "internal"
+    exit_code = 1
+
+    def __init__(self, what: str, where: str | os.PathLike[str] | None = None, do: str | None = None):
+        self.what, self.where, self.do = what, None if where is None else str(where), do
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        where = f" {self.where}:" if self.where else ""
+        do = f"; {self.do}" if self.do else ""
+        return f"error[{self.kind}]{where} {self.what}{do}"
+
+
+class ConfigError(NanopoeError):
+    """A wrong experiment file or command line; `problems` lists every one found, a line each."""
+
+    kind, exit_code = "config", 2
+
+    def __init__(self, what: str, where: str | os.PathLike[str] | None = None, do: str | None = None,
+                 problems: Sequence[str] = ()):
+        self.problems = list(problems)
+        super().__init__(what, where, do)
+
+    def render(self) -> str:
+        if not self.problems:
+            return super().render()
+        head = f"error[{self.kind}] {self.where or self.what}"
+        return "\n".join([head, *(f"  {p}" for p in self.problems)])
+
+
+class DataError(NanopoeError):
+    """A shard, a document or a tokenizer that cannot be trained on."""
+
+    kind, exit_code = "data", 3
+
+
+class CheckpointError(NanopoeError):
+    """A missing, torn, altered or foreign checkpoint."""
+
+    kind, exit_code = "checkpoint", 4
+
+
+class NumericsError(NanopoeError):
+    """A loss or gradient that is not finite; weights are as before the step."""
+
+    kind, exit_code = "numerics", 5
+
+
+class PeerError(NanopoeError):
+    """Another rank failed, hung or disagrees."""
+
+    kind, exit_code = "peer", 6
+
+
+class StorageError(NanopoeError):
+    """The disk refused: full, read-only, broken."""
+
+    kind, exit_code = "storage", 7
+
+
+def entrypoint(main: Callable[[], int | None]) -> Callable[[], None]:
+    """Wrap a script's main: typed errors become one message and their exit code, never a traceback.
+
+    The traceback goes to the file named by `set_error_log` (the rank's log) if there is one; `--debug` on the
+    command line shows it as well.
+    """
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            code = main() or 0
+        except NanopoeError as error:
+            report(error)
+            code = error.exit_code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
+        except BrokenPipeError:                     # the reader of our output has gone: `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        except Exception as error:                  # a bug of ours: say so in one line, keep the trace
+            report(error)
+            code = 1
+        sys.stdout.flush()
+        sys.exit(code)
+
+    return wrapped
+
+
+_error_log: Path | None = None
+
+
+def set_error_log(path: Path | None) -> None:
+    """Tracebacks of this process are appended to `path` from now on."""
+    global _error_log
+    _error_log = path
+
+
+def report(error: BaseException) -> None:
+    """Print `error` as a user should see it (stderr) and keep its traceback in the error log."""
+    trace = "".join(traceback.format_exception(error))
+    debug = "--debug" in sys.argv
+    hint = "run again with --debug to see the traceback"
+    if _error_log is not None:
+        try:
+            _error_log.parent.mkdir(parents=True, exist_ok=True)
+            with open(_error_log, "a", encoding="utf-8") as log:
+                log.write(trace)
+            hint = f"traceback in {_error_log}"
+        except OSError:
+            pass                                    # a full disk must not hide the first error
+    if isinstance(error, NanopoeError):
+        line = error.render()
+    else:
+        line = f"error[internal] {type(error).__name__}: {error}; this is a bug, {hint}"
+    print(trace if debug else line, file=sys.stderr, flush=True)

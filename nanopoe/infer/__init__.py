@@ -1,0 +1,1 @@
+"""Inference: the generation engine; adaptive depth, speculation and routing build on it."""

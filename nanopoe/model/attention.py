@@ -1,0 +1,51 @@
+"""Attention kernels: rotary positions and windowed causal attention. One interface, `attend`, for every caller."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROPE_BASE = 1e5
+
+
+def rotary_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of shape (T, head_dim/2) for integer `positions` (T,); angles in fp32 (RoPE, arXiv 2104.09864)."""
+    channel = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequency = 1.0 / (ROPE_BASE ** (channel / head_dim))
+    angle = torch.outer(positions.float(), frequency)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (B, T, H, D) by *minus* the angle, the halves of D as pairs (nanochat's convention, SPEC 1)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]                      # (T, 1, D/2)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+@lru_cache(maxsize=16)
+def window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Boolean (Tq, Tk), True = may look: the last Tq of Tk positions as queries, t - window <= s <= t."""
+    t = torch.arange(keys - queries, keys, device=device)[:, None]
+    s = torch.arange(keys, device=device)[None, :]
+    return (s <= t) & (s >= t - window)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention in which position t sees t-window..t.
+
+    q (B, H, Tq, D), k and v (B, Hkv, Tk, D) with Tk >= Tq: the queries are the last Tq of the Tk positions.
+    Returns (B, H, Tq, D). Scale 1/sqrt(D); grouped queries share key/value heads.
+    """
+    queries, keys = q.size(2), k.size(2)
+    gqa = q.size(1) != k.size(1)
+    if queries == 1:                                                 # decoding: cut the keys, no mask needed
+        k, v = k[:, :, -window - 1:], v[:, :, -window - 1:]
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+    if queries == keys and window >= keys - 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    mask = window_mask(queries, keys, window, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)

@@ -1,0 +1,250 @@
+"""The GPT trunk in clustered PoE stages, with nanochat's architecture and parameter names (SPEC 1).
+
+embed -> rmsnorm -> smear -> L blocks in K stages -> (BP: backout) -> rmsnorm -> untied head(s) -> 15*tanh(z/15)
+
+Shape letters: B batch, T time, D width, H heads, V vocabulary, K stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanopoe.config.layout import SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
+from nanopoe.config.schema import ModelConfig
+from nanopoe.model.attention import attend, rotary_tables, rotate
+from nanopoe.model.pool import aggregate
+
+SOFTCAP = 15.0
+QK_SCALE = 1.2           # sharpens attention after QK norm; applied to q and to k
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm without parameters over the last dimension."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def capped_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Normed state (..., D) and head (V, D) -> 15 * tanh(z / 15) of shape (..., V) in fp32."""
+    z = F.linear(x, weight.to(x.dtype)).float()
+    return SOFTCAP * torch.tanh(z / SOFTCAP)
+
+
+class Linear(nn.Linear):
+    """No bias; fp32 master weight cast to the dtype of its input. We use this instead of autocast."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class KVCache:
+    """Keys and values of every layer, and the pre-smear embedding of the last position.
+
+    `pos` counts the positions held and advances once per forward, after the last layer that ran, so that
+    every layer of a forward writes at the same place.
+    """
+
+    def __init__(self, model: GPT, batch: int, capacity: int):
+        m = model.config
+        shape = (m.n_layer, batch, m.n_kv_head, capacity, model.layout.head_dim)
+        self.k = torch.zeros(shape, dtype=model.compute_dtype, device=model.lm_head.weight.device)
+        self.v = torch.zeros_like(self.k)
+        self.previous: Tensor | None = None              # (B, 1, D)
+        self.pos = 0
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, Hkv, T, D) of `layer` at pos and return all keys and values up to there."""
+        end = self.pos + k.size(2)
+        self.k[layer, :, :, self.pos:end] = k
+        self.v[layer, :, :, self.pos:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, m: ModelConfig, layout: Layout, layer: int):
+        super().__init__()
+        self.layer, self.window, self.head_dim = layer, layout.window_sizes[layer], layout.head_dim
+        self.n_head, self.n_kv_head = m.n_head, m.n_kv_head
+        self.c_q = Linear(m.n_embd, m.n_head * self.head_dim)
+        self.c_k = Linear(m.n_embd, m.n_kv_head * self.head_dim)
+        self.c_v = Linear(m.n_embd, m.n_kv_head * self.head_dim)
+        self.c_proj = Linear(m.n_embd, m.n_embd)
+        self.ve_gate = Linear(VE_GATE_CHANNELS, m.n_kv_head) if layer in layout.ve_layers else None
+
+    def forward(self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        if self.ve_gate is not None:
+            assert ve is not None
+            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))     # (B, T, Hkv)
+            v = v + gate.unsqueeze(-1) * ve.view_as(v)
+        q = norm(rotate(q, *rope)) * QK_SCALE                                     # rotate first, then QK norm
+        k = norm(rotate(k, *rope)) * QK_SCALE
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)         # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = attend(q, k, v, self.window)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """relu(x)^2 (Primer, arXiv 2109.08668)."""
+
+    def __init__(self, m: ModelConfig, layout: Layout):
+        super().__init__()
+        self.c_fc = Linear(m.n_embd, layout.intermediate)
+        self.c_proj = Linear(layout.intermediate, m.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, m: ModelConfig, layout: Layout, layer: int):
+        super().__init__()
+        self.attn = Attention(m, layout, layer)
+        self.mlp = MLP(m, layout)
+
+    def forward(self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        x = x + self.attn(norm(x), ve, rope, cache)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """The whole model; `run_stage` and `stage_logits` are what training, evaluation and inference are made of.
+
+    Build on any device (also "meta"), then `to_empty` and `init_weights` or load a state dict. `compute_dtype` is
+    the dtype of activations; the weights stay fp32.
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.layout, self.compute_dtype = config, layout_of(config), compute_dtype
+        m, layout = config, self.layout
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(layout.padded_vocab, m.n_embd),
+            "h": nn.ModuleList(Block(m, layout, i) for i in range(m.n_layer)),
+        })
+        kv_dim = m.n_kv_head * layout.head_dim
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(layout.padded_vocab, kv_dim) for i in layout.ve_layers})
+        self.lm_head = Linear(m.n_embd, layout.padded_vocab)
+        if layout.stage_heads:
+            self.lm_head_stages = nn.ModuleList(Linear(m.n_embd, layout.padded_vocab) for _ in layout.boundaries)
+        self.resid_lambdas = nn.Parameter(torch.empty(m.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.empty(m.n_layer))
+        self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        # No PoE loss reads the backout, so there it keeps its place in the state dict but is not trained (SPEC 1).
+        self.backout_lambda = nn.Parameter(torch.empty(1), requires_grad=config.poe_mode == "none")
+
+    # -- initialisation ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every parameter from a generator keyed by (seed, name) (values: SPEC 1).
+
+        So the draw depends neither on the order of construction nor on what else is in the model: BP and PoE with
+        one seed start from the same trunk.
+        """
+        L, d = self.config.n_layer, self.config.n_embd
+        bound = math.sqrt(3 / d)                                    # uniform with the standard deviation 1/sqrt(d)
+        for name, p in self.named_parameters():
+            key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+            generator = torch.Generator(p.device).manual_seed(key)
+            if name == "transformer.wte.weight":
+                p.normal_(0.0, 0.8, generator=generator)
+            elif name == "lm_head.weight":
+                p.normal_(0.0, 0.001, generator=generator)
+            elif name.startswith("value_embeds.") or name.endswith(("c_q.weight", "c_k.weight", "c_v.weight")):
+                p.uniform_(-bound, bound, generator=generator)
+            elif name.endswith("c_fc.weight"):
+                p.uniform_(-0.4 * bound, 0.4 * bound, generator=generator)
+            elif name.endswith(("ve_gate.weight", "smear_gate.weight")):
+                p.uniform_(0.0, 0.02, generator=generator)
+            elif name.endswith("c_proj.weight") or name.startswith("lm_head_stages.") or name == "smear_lambda":
+                p.zero_()
+            elif name in ("resid_lambdas", "x0_lambdas"):
+                depth = torch.arange(L, dtype=torch.float32, device=p.device) / max(L - 1, 1)
+                p.copy_(1.15 - 0.10 * depth if name == "resid_lambdas" else 0.20 - 0.15 * depth)
+            else:
+                assert name == "backout_lambda", name
+                p.fill_(0.2)
+
+    # -- the pieces -------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) -> x0 (B, T, D): embedding, norm, smear (each position adds a gated copy of the one before)."""
+        x = norm(self.transformer["wte"](ids).to(self.compute_dtype))
+        previous = cache.previous if cache is not None else None
+        if cache is not None:
+            cache.previous = x[:, -1:]
+        # lambda * gate(x_t) * x_{t-1}, with the *pre-smear* x_{t-1}; nothing comes before the first position
+        now, before = (x[:, 1:], x[:, :-1]) if previous is None else (x, torch.cat([previous, x[:, :-1]], dim=1))
+        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(now[..., :SMEAR_CHANNELS]))
+        smeared = now + gate * before
+        return smeared if previous is not None else torch.cat([x[:, :1], smeared], dim=1)
+
+    def rope(self, ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """Rotary tables for the positions of `ids`, which begin where the cache ends."""
+        start = cache.pos if cache is not None else 0
+        positions = torch.arange(start, start + ids.size(1), device=ids.device)
+        return rotary_tables(positions, self.layout.head_dim, self.compute_dtype)
+
+    def run_stage(self, k: int, x: Tensor, x0: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor],
+                  cache: KVCache | None = None) -> Tensor:
+        """The blocks of stage k: residual stream x (B, T, D) at its entry -> at its boundary."""
+        middle, blocks = None, cast(nn.ModuleList, self.transformer["h"])
+        for i in self.layout.stage_layers(k):
+            x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            ve = self.value_embeds[str(i)](ids).to(x.dtype) if i in self.layout.ve_layers else None
+            x = blocks[i](x, ve, rope, cache)
+            if i == self.config.n_layer // 2:
+                middle = x
+        if self.config.poe_mode == "none":                           # backout: BP's only stage holds layer L//2
+            assert middle is not None
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        return x
+
+    def head_weight(self, k: int) -> Tensor:
+        """(V, D) fp32 of stage k: shared head plus stage head, since W_sh x + W_k x = (W_sh + W_k) x; cropped to V."""
+        weight = self.lm_head.weight
+        if self.layout.stage_heads:
+            weight = weight + cast(Linear, self.lm_head_stages[k]).weight
+        return weight[: self.config.vocab_size]
+
+    def stage_logits(self, x: Tensor, k: int) -> Tensor:
+        """Boundary state (..., D) of stage k -> logits (..., V), fp32, softcapped."""
+        return capped_logits(norm(x), self.head_weight(k))
+
+    # -- the whole ---------------------------------------------------------------------------------------------
+
+    def boundary_states(self, ids: Tensor, cache: KVCache | None = None, stages: int | None = None) -> list[Tensor]:
+        """ids (B, T) -> the un-normed residual stream (B, T, D) at the boundaries of the first `stages` stages.
+
+        Without gradients cut: training does that in stages.py. With a cache, ids continue what it holds.
+        """
+        x0, rope = self.embed(ids, cache), self.rope(ids, cache)
+        x, states = x0, []
+        for k in range(stages or self.layout.n_stages):
+            x = self.run_stage(k, x, x0, ids, rope, cache)
+            states.append(x)
+        if cache is not None:
+            cache.pos += ids.size(1)
+        return states
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, V) fp32: capped logits of a BP model, pooled log-probabilities of a PoE one."""
+        states = self.boundary_states(ids)
+        if self.config.poe_mode == "none":
+            return self.stage_logits(states[0], 0)
+        return aggregate([self.stage_logits(x, k).log_softmax(-1) for k, x in enumerate(states)])

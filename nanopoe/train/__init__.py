@@ -1,0 +1,1 @@
+"""Training: build (Experiment -> Run), step (one update), loop (the run), evaluate, watch."""

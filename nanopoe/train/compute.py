@@ -1,0 +1,114 @@
+"""How a rank computes: dtype, threads, matmul backend, and the peak that MFU is measured against."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanopoe.config.schema import RuntimeConfig
+from nanopoe.dist import World
+from nanopoe.errors import ConfigError
+
+# Dense bf16 FLOP/s of data sheets, by a part of the device's name; what is not listed is measured.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "B200": 2250e12}
+EXACT = 2e-6             # relative error up to which an fp32 matmul backend counts as fp32
+
+
+@dataclass(frozen=True)
+class Compute:
+    dtype: torch.dtype
+    reason: str              # one line for the console
+    peak_flops: float        # FLOP/s of a large matmul in `dtype` on this rank
+    device_name: str
+
+
+def choose_compute(runtime: RuntimeConfig, world: World, ranks_here: int) -> Compute:
+    """Set up this process and say what was chosen. ConfigError for a dtype the device does not compute in."""
+    if world.device.type == "cuda":
+        return _choose_cuda(runtime, world.device)
+    threads = runtime.threads or max(1, (os.cpu_count() or 1) // ranks_here)
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    dtype = torch.bfloat16 if runtime.compute_dtype == "bfloat16" else torch.float32
+    reason = "asked for" if runtime.compute_dtype != "auto" else "exact, and every CPU has it"
+    if dtype == torch.float32:
+        reason += f"; {choose_fp32_matmul()}"
+    return Compute(dtype, f"{reason}; {threads} thread{'s' * (threads > 1)}", measured_peak(world.device, dtype),
+                   platform.processor() or platform.machine())
+
+
+def _choose_cuda(runtime: RuntimeConfig, device: torch.device) -> Compute:
+    supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    if runtime.compute_dtype == "bfloat16" and not supported:
+        raise ConfigError("this GPU has no bfloat16", "runtime.compute_dtype", "use float32")
+    use_bf16 = runtime.compute_dtype == "bfloat16" or (runtime.compute_dtype == "auto" and supported)
+    dtype = torch.bfloat16 if use_bf16 else torch.float32
+    reason = "the GPU has it" if supported else "no bfloat16 here"
+    if runtime.compute_dtype != "auto":
+        reason = "asked for"
+    name = torch.cuda.get_device_name(device)
+    listed = next((peak for part, peak in PEAKS.items() if part in name), None) if use_bf16 else None
+    peak = listed or measured_peak(device, dtype)
+    known = "listed" if listed else "measured"
+    return Compute(dtype, f"{reason}; MFU against {peak / 1e12:.0f} TFLOP/s {known}", peak, name)
+
+
+def choose_fp32_matmul() -> str:
+    """Route fp32 matmuls to oneDNN where that is still exact, which on some CPUs doubles their rate.
+
+    The switch allows oneDNN to round inputs to bf16. CPUs without AMX do not; this is checked, not assumed, and the
+    switch is turned back where the error shows rounding.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return "default matmul"
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+    backend: Any = torch.backends.mkldnn                    # its `matmul` is made at run time
+    backend.matmul.fp32_precision = "bf16"
+    error = float((a @ b - exact).norm() / exact.norm())
+    if error <= EXACT:
+        return f"oneDNN matmul, relative error {error:.0e}"
+    backend.matmul.fp32_precision = "none"
+    return f"default matmul (oneDNN would round: relative error {error:.0e})"
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of five square matmuls, of 1024 on a CPU and 8192 on a GPU."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):                                     # the first is the warm-up
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to give large freed blocks back: mapping logits anew each step costs a third of a CPU step."""
+    if platform.system() == "Linux":
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except (OSError, AttributeError):                  # another libc
+            return
+        trim_threshold, mmap_threshold = -1, -3            # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 1 << 30)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

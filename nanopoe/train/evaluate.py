@@ -1,0 +1,209 @@
+"""Evaluation of a model on held-out rows: bits per byte and accuracy of every view, and the probes (SPEC 7).
+
+One forward pass gives everything. Rows are read in chunks, stage by stage, with a running sum of log-probabilities,
+so a few (chunk, V) tensors are live, never (B*T, V) and never (K, chunk, V). Sums are fp64; with several ranks each
+sums its own rows and one all-reduce adds them, so the result does not depend on how rows are spread over ranks
+beyond rounding in fp64.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanopoe import data, dist
+from nanopoe.config import config_hash
+from nanopoe.errors import DataError, NumericsError
+from nanopoe.infer.engine import Engine
+from nanopoe.model import GPT
+from nanopoe.model.pool import View
+from nanopoe.tokenizer import Tokenizer
+from nanopoe.train.build import load_trained
+from nanopoe.train.files import replace_file
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PROBES = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Tensor, *,
+             alphas: Sequence[float] = ALPHAS, chunk_rows: int = 1024) -> dict[str, Any]:
+    """Bits per byte and top-1 accuracy of the full pool, every stage and every prefix (SPEC 7), as a JSON-able dict.
+
+    `batches` yields this rank's integer rows (b, T+1); `token_bytes` (V,) holds the bytes of a token, 0 for specials.
+    Targets of 0 bytes count nowhere. Every rank must call this, also one without rows. Keys of the result:
+
+    bpb: {full, stages [K], prefixes [K], alpha {"0": .., ..}, renormalise_false}; bits per byte. The last is the
+        un-normalised pool's, i.e. the mean of the stages'.
+    accuracy: {full, stages [K], prefixes [K]}; share of targets that are the most probable token.
+    crossover_gap: bpb.full - bpb.stages[-1]. diversity: {bits_per_byte, nats_per_token}; bpb.full = mean(bpb.stages)
+        - diversity.bits_per_byte. n_stages, poe_mode, tokens (targets read), targets (counted), bytes, seconds.
+
+    A model trained without stage losses (BP) has only `full`; the rest is null. DataError when there is nothing to
+    evaluate or the tokenizer does not fit the model, NumericsError when a sum is not finite: on every rank alike.
+    """
+    began = time.perf_counter()
+    device = next(model.parameters()).device
+    sizes = torch.as_tensor(token_bytes, dtype=torch.int64).to(device)
+    if sizes.numel() != model.config.vocab_size:
+        raise DataError(f"the tokenizer has {sizes.numel()} tokens and the model {model.config.vocab_size}",
+                        "evaluation", "use the tokenizer the model was trained with")
+    sums = _zero_sums(model.layout.n_stages, len(alphas), device)
+    for rows in batches:
+        ids = rows.to(device, torch.int64)
+        states = [x.flatten(0, 1) for x in model.boundary_states(ids[:, :-1])]      # K x (b*T, D)
+        targets = ids[:, 1:].flatten()
+        for start in range(0, targets.numel(), chunk_rows):
+            part = slice(start, start + chunk_rows)
+            _add_chunk(sums, model, [x[part] for x in states], targets[part], sizes, alphas)
+    _reduce(sums)
+    return _result(sums, model, alphas, time.perf_counter() - began)
+
+
+def _zero_sums(n_stages: int, n_alphas: int, device: torch.device) -> dict[str, Tensor]:
+    """What is summed over targets, fp64: nats and hits per view, diversity, and the counts."""
+    lengths = {"stage_nats": n_stages, "prefix_nats": n_stages, "alpha_nats": n_alphas, "stage_hits": n_stages,
+               "prefix_hits": n_stages, "diversity": 1, "tokens": 1, "targets": 1, "bytes": 1}
+    return {name: torch.zeros(n, dtype=torch.float64, device=device) for name, n in lengths.items()}
+
+
+def _add_chunk(sums: dict[str, Tensor], model: GPT, states: list[Tensor], targets: Tensor, sizes: Tensor,
+               alphas: Sequence[float]) -> None:
+    """Add the targets (c,) with the boundary states K x (c, D) before them to the sums."""
+    size = sizes[targets]
+    counted = (size > 0).to(torch.float64)                                 # (c,)
+
+    def add(name: str, index: int, per_target: Tensor) -> None:
+        sums[name][index] += (per_target * counted).sum()
+
+    total = mean = torch.empty(0)
+    log_z = torch.zeros_like(counted)
+    for k, x in enumerate(states):
+        logp = model.stage_logits(x, k).log_softmax(-1)                    # (c, V)
+        total = total + logp if k else logp                                # sum of l_j, j <= k
+        add("stage_nats", k, -_pick(logp, targets))
+        add("stage_hits", k, logp.argmax(-1) == targets)
+        mean = total / (k + 1)
+        log_z = mean.logsumexp(-1) if k else log_z                         # one expert is normalised already
+        add("prefix_nats", k, log_z - _pick(mean, targets))
+        add("prefix_hits", k, total.argmax(-1) == targets)
+    for a, alpha in enumerate(alphas):
+        score = mean * len(states) ** alpha
+        add("alpha_nats", a, score.logsumexp(-1) - _pick(score, targets))
+    add("diversity", 0, -log_z)                                            # nanopoe.model.pool.diversity
+    sums["tokens"] += targets.numel()
+    sums["targets"] += counted.sum()
+    sums["bytes"] += size.sum()
+
+
+def _pick(scores: Tensor, targets: Tensor) -> Tensor:
+    """scores (c, V) at targets (c,)."""
+    return scores.gather(-1, targets[:, None])[:, 0]
+
+
+def _reduce(sums: dict[str, Tensor]) -> None:
+    """Add the sums of all ranks in one collective."""
+    flat = torch.cat(list(sums.values()))
+    dist.all_reduce_sum_(flat)
+    for value, reduced in zip(sums.values(), flat.split([v.numel() for v in sums.values()]), strict=True):
+        value.copy_(reduced)
+
+
+def _result(sums: dict[str, Tensor], model: GPT, alphas: Sequence[float], seconds: float) -> dict[str, Any]:
+    """The reduced sums as the documented dict."""
+    s = {name: value.tolist() for name, value in sums.items()}
+    if not s["bytes"][0]:
+        raise DataError("no target with bytes to evaluate on", "validation split", "give it more text")
+    if not all(math.isfinite(v) for values in s.values() for v in values):
+        raise NumericsError("the model's loss is not finite", "evaluation", "go back to an earlier checkpoint")
+    per_byte = 1 / (math.log(2) * s["bytes"][0])
+    targets = s["targets"][0]
+    poe = model.config.poe_mode != "none"
+    stages = [v * per_byte for v in s["stage_nats"]]
+    prefixes = [v * per_byte for v in s["prefix_nats"]]
+    full, hits = prefixes[-1], [v / targets for v in s["prefix_hits"]]
+    return {
+        "poe_mode": model.config.poe_mode,
+        "n_stages": model.layout.n_stages,
+        "bpb": {
+            "full": full,
+            "stages": stages if poe else None,
+            "prefixes": prefixes if poe else None,
+            "alpha": {f"{a:g}": v * per_byte for a, v in zip(alphas, s["alpha_nats"], strict=True)} if poe else None,
+            "renormalise_false": sum(stages) / len(stages) if poe else None,
+        },
+        "accuracy": {
+            "full": hits[-1],
+            "stages": [v / targets for v in s["stage_hits"]] if poe else None,
+            "prefixes": hits if poe else None,
+        },
+        "crossover_gap": full - stages[-1] if poe else None,
+        "diversity": {"bits_per_byte": s["diversity"][0] * per_byte,
+                      "nats_per_token": s["diversity"][0] / targets} if poe else None,
+        "tokens": int(s["tokens"][0]), "targets": int(targets), "bytes": int(s["bytes"][0]),
+        "seconds": seconds,
+    }
+
+
+def evaluate_checkpoint(run_dir: str | Path, step: int | None, tokens: int | None, world: dist.World) -> dict[str, Any]:
+    """Evaluate a checkpoint of a run, the newest by default, on `tokens` of its validation split; with the probes.
+
+    `tokens` null means the experiment's evaluation.tokens. The result is `evaluate`'s plus run, step, config_hash and
+    probes, the same on every rank. Collective.
+    """
+    model, tokenizer, checkpoint = load_trained(run_dir, step, world)
+    experiment = checkpoint.experiment
+    with dist.agree(world.device):
+        batches = data.eval_batches(
+            experiment.data.val, tokenizer, tokens=tokens or experiment.evaluation.tokens,
+            sequence_len=experiment.model.sequence_len, buffer_documents=experiment.data.buffer_documents,
+            device_batch_size=experiment.batch.device_batch_size, rank=world.rank, world_size=world.size)
+    result = evaluate(model, batches, tokenizer.token_bytes)
+    answers: list[dict[str, Any]] = []
+    with dist.agree(world.device):
+        if world.is_main:                                          # greedy: more ranks would say the same
+            answers = probes(model, tokenizer)
+    return {"run": experiment.name, "step": checkpoint.step, "config_hash": config_hash(experiment), **result,
+            "probes": dist.gather_json(answers, world.device)[0]}
+
+
+def save_evaluation(run_dir: str | Path, result: dict[str, Any], markdown: str) -> Path:
+    """Write RUN/evaluation/step_00000200.json and .md, each atomically; returns the path of the JSON."""
+    path = Path(run_dir) / "evaluation" / f"step_{result['step']:08d}.json"
+    replace_file(path.with_suffix(".md"), markdown.encode())
+    replace_file(path, (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    return path
+
+
+def probes(model: GPT, tokenizer: Tokenizer, *, views: Sequence[View] | None = None, max_new_tokens: int = 24,
+           prompts: Sequence[str] = PROBES) -> list[dict[str, Any]]:
+    """Greedy continuations of the seven probes (SPEC 7), BOS first, by each view; null: full and every stage.
+
+    Returns [{"prompt": str, "answers": {"full": str, "stage:0": str, ..}}]; an answer ends early at a new document.
+    """
+    if views is None:
+        poe = model.config.poe_mode != "none"
+        views = [View(), *(View("stage", k) for k in range(model.layout.n_stages if poe else 0))]
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    rows: list[dict[str, Any]] = [{"prompt": prompt, "answers": {}} for prompt in prompts]
+    for view in views:
+        answers = Engine(model, view).generate(ids, max_new_tokens=max_new_tokens, stop={tokenizer.bos_id})
+        for row, answer in zip(rows, answers, strict=True):
+            row["answers"][str(view)] = tokenizer.decode(answer)
+    return rows

@@ -1,0 +1,1 @@
+"""Verbs: python -m scripts.<name> --help."""

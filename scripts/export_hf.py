@@ -1,0 +1,38 @@
+"""Write a checkpoint as a Hugging Face repo that stock transformers loads (trust_remote_code=True)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nanopoe.errors import entrypoint
+
+EXAMPLES = """examples:
+  python -m scripts.export_hf out/quickstart --out out/quickstart/hf                 the newest checkpoint, bfloat16
+  python -m scripts.export_hf out/poe_1p3b --step 5000 --out hub/poe-1p3b --overwrite
+  python -m scripts.export_hf out/quickstart --out hub/exact --dtype float32         the weights as they are
+
+The card shows the scores of RUN/evaluation/step_NNNNNNNN.json where scripts.evaluate has written it."""
+
+
+def export_hf() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.export_hf", description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in DIR")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args()
+
+    from nanopoe.export.run import export_run
+
+    out, step = export_run(args.run, args.out, step=args.step, dtype=args.dtype, overwrite=args.overwrite)
+    print(f"step {step} exported to {out}")
+
+
+main = entrypoint(export_hf)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Shared by all tests: one thread before torch is imported, small models, golden files, ranks on gloo."""
+
+from __future__ import annotations
+
+import os
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[variable] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.ranks import SHARED, tiny_data  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the reference trainer's tiny model; skips where it is not beside the project."""
+    folder = SHARED / "golden" / "mha_d4"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/golden, which does not come with a clone")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """Folder of real text in parquet; skips where it is not beside the project."""
+    folder = SHARED / "corpus"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/corpus, which does not come with a clone")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards and tokenizer of a few hundred made-up documents."""
+    return tiny_data(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,191 @@
+"""DistMuonAdamW: coverage of groups, sharded equal to unsharded bit for bit, state that any world size can read."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from nanopoe.config.schema import OptimConfig
+from nanopoe.dist import World
+from nanopoe.optim import DistMuonAdamW, Group, build_groups
+from nanopoe.optim.kernels import adamw_, muon_, orthogonalize, second_moment_shape
+from tests.ranks import run_ranks
+
+# 5 matrices of one shape and a lone one do not divide by 4 ranks, nor do 127 or 2 or 1 rows
+SHAPES = {**{f"square{i}": (24, 24) for i in range(5)}, "tall": (64, 16), "wide": (12, 40),
+          "rows": (127, 8), "few": (2, 5), "vector": (7,), "scalar": (1,)}
+MUON = tuple(n for n in SHAPES if n.startswith(("square", "tall", "wide")))
+ADAM = tuple(n for n in SHAPES if n not in MUON)
+
+
+def groups() -> list[Group]:
+    return [Group("matrices", "muon", 0.02, 0.1, MUON), Group("rest", "adamw", 0.1, 0.01, ADAM, (0.8, 0.95))]
+
+
+def parameters(seed: int = 0) -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()}
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        h.update(name.encode() + tensors[name].detach().contiguous().numpy().tobytes())
+    return h.hexdigest()
+
+
+def steps(world: World, n: int, change: str = "") -> str:
+    """Digest of the parameters after n steps with gradients that all ranks share."""
+    params = parameters()
+    optimizer = DistMuonAdamW(params, groups(), world.rank, world.size)
+    for step in range(n):
+        generator = torch.Generator().manual_seed(100 + step)
+        for name, p in params.items():
+            grad = torch.randn(SHAPES[name], generator=generator)
+            p.grad = (grad + (name == change)) / world.size              # dividing by 1, 2, 4 is exact
+        optimizer.reduce()
+        optimizer.update(1.0 - 0.1 * step, 0.85 + 0.02 * step, 1.0)
+    assert all(p.grad is None for p in params.values())
+    return digest(dict(params))
+
+
+def test_sharded_equals_unsharded_bitwise() -> None:
+    alone = steps(World(0, 1, torch.device("cpu")), 5)
+    for size in (2, 4):
+        assert run_ranks(steps, size, 5) == [alone] * size
+    assert run_ranks(steps, 2, 5, "rows") != [alone] * 2               # control: one other gradient, other weights
+
+
+def sharded_state(world: World) -> list[tuple[str, str, int, list[float]]]:
+    params = parameters()
+    optimizer = DistMuonAdamW(params, groups(), world.rank, world.size)
+    owned = sum(t.numel() for b in optimizer.buckets for t in b.state.values())
+    for name, p in params.items():
+        p.grad = torch.full(SHAPES[name], 0.5) + torch.arange(p.numel()).view(SHAPES[name]) / world.size
+        p.grad = p.grad / world.size if world.size == 1 else p.grad
+    optimizer.reduce()
+    optimizer.update(1.0, 0.9, 1.0)
+    return [("", "", owned, []), *((p.param, p.slot, p.row0, p.tensor.flatten().tolist()) for p in optimizer.state_parts())]
+
+
+def test_state_is_sharded_and_covers_every_row_once() -> None:
+    everyone = run_ranks(sharded_state, 4)
+    alone = run_ranks(sharded_state, 1)[0]
+    owned = [parts[0][2] for parts in everyone]
+    assert max(owned) <= 0.5 * alone[0][2]                 # 2 of 5 matrices and both lone ones are rank 0's
+    rows: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for parts in everyone:
+        for name, slot, row0, values in parts[1:]:
+            per_row = 1 if len(SHAPES[name]) == 1 else SHAPES[name][1]
+            height = len(values) // per_row if slot.startswith("exp") else 0
+            rows.setdefault((name, slot), []).append((row0, height))
+    assert len(rows) == 2 * len(SHAPES)
+    for (name, slot), pieces in rows.items():
+        if slot.startswith("exp"):
+            end = 0
+            for row0, height in sorted(pieces):
+                assert row0 == end
+                end += height
+            assert end == SHAPES[name][0]
+        else:
+            assert len(pieces) == 1, name                              # a matrix has one owner
+
+
+def test_loaded_state_continues_bitwise() -> None:
+    def run(reload_at: int | None, lose: str = "") -> str:
+        params = parameters()
+        optimizer = DistMuonAdamW(params, groups())
+        for step in range(6):
+            if step == reload_at:
+                saved = {(p.param, p.slot): p.tensor.clone() for p in optimizer.state_parts()}
+                if lose:
+                    saved[lose, "exp_avg_sq"].zero_()
+                optimizer = DistMuonAdamW(params, groups())
+                optimizer.load_state(lambda n, slot, low, high, s=saved: s[n, slot][low:high], steps=step)
+            generator = torch.Generator().manual_seed(step)
+            for name, p in params.items():
+                p.grad = torch.randn(SHAPES[name], generator=generator)
+            optimizer.reduce()
+            optimizer.update(1.0, 0.9, 1.0)
+        return digest(dict(params))
+
+    assert run(None) == run(3)
+    assert run(None) != run(3, lose="rows")
+
+
+def test_every_parameter_in_exactly_one_group() -> None:
+    params = parameters()
+    with pytest.raises(ValueError, match="vector"):
+        DistMuonAdamW(params, [groups()[0], Group("rest", "adamw", 0.1, 0.0, ADAM[:2] + ADAM[3:])])
+    with pytest.raises(ValueError, match="rows"):
+        DistMuonAdamW(params, [*groups(), Group("again", "adamw", 0.1, 0.0, ("rows",))])
+    DistMuonAdamW(params, groups())
+
+
+def test_rates_scale_as_published() -> None:
+    """SPEC 9 for the 1.3B model: twice the reference batch, sixfold reference size, width 1536."""
+    names = ["lm_head.weight", "transformer.wte.weight", "value_embeds.1.weight", "resid_lambdas", "x0_lambdas",
+             "smear_gate.weight", "smear_lambda", "transformer.h.0.attn.c_q.weight"]
+    optim = OptimConfig(matrix_lr=0.02, embedding_lr=0.3, unembedding_lr=0.008, scalar_lr=0.5, weight_decay=0.28,
+                        reference_batch_tokens=2**19, reference_scaling_params=110_100_912)
+    found = {g.name: g for g in build_groups(names, optim, 1536, 2**20, 729_810_624)}
+    root2 = 2**0.5
+    assert found["matrices"].lr == pytest.approx(0.02 * root2)
+    assert found["matrices"].weight_decay == pytest.approx(0.28 * root2 * 110_100_912 / 729_810_624)
+    assert found["heads"].lr == pytest.approx(0.008)                    # sqrt(768/1536) * sqrt(2)
+    assert found["wte"].lr == pytest.approx(0.3) and found["value_embeds"].lr == pytest.approx(0.15)
+    assert found["resid_lambdas"].lr == pytest.approx(0.005 * root2)
+    assert found["x0_lambdas"].lr == pytest.approx(0.5 * root2) and found["smear_backout"].lr == 0.2
+    with pytest.raises(AssertionError, match="nowhere"):
+        build_groups(["nowhere.weight"], optim, 1536, 2**20, 1)
+
+
+def test_adamw_equals_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(20, 6, generator=generator))
+    q, m, v = p.detach().clone(), torch.zeros(20, 6), torch.zeros(20, 6)
+    reference = torch.optim.AdamW([p], lr=0.03, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
+    for step in range(1, 8):
+        p.grad = torch.randn(20, 6, generator=generator)
+        reference.step()
+        adamw_(q, p.grad, m, v, step, 0.03, (0.8, 0.95), 1e-10, 0.1)
+    torch.testing.assert_close(q, p.detach(), rtol=1e-5, atol=1e-6)
+    adamw_(q, p.grad, m, v, 8, 0.03, (0.8, 0.95), 1e-10, 0.1)
+    assert not torch.allclose(q, p.detach())
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (40, 12), (12, 40)])
+def test_orthogonalize(shape: tuple[int, int]) -> None:
+    """Singular values near 1 and the singular vectors of the (row-equilibrated) input: U V^T, nearly."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    y = orthogonalize(x, torch.float32)
+    equal_rows = x / x.norm(dim=-1, keepdim=True)
+    u, _, vt = torch.linalg.svd(equal_rows, full_matrices=False)
+    values = torch.linalg.svdvals(y)
+    assert 0.6 < float(values.min()) and float(values.max()) < 1.4
+    assert float(y.norm()) == pytest.approx(min(shape) ** 0.5, rel=1e-5)
+    assert float((y * (u @ vt)).sum() / (y.norm() * (u @ vt).norm())) > 0.98
+    assert float(torch.linalg.svdvals(x).max()) > 1.5                   # control: the input was far from it
+
+
+def test_cautious_decay_and_tall_rate() -> None:
+    """Weight decay touches only entries whose update agrees with their sign; a tall matrix moves sqrt(m/n) further."""
+    generator = torch.Generator().manual_seed(0)
+    start, grad = (torch.randn(6, 6, generator=generator) for _ in range(2))
+
+    def moved(decay: float, p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        p = p.clone()
+        second = torch.zeros(second_moment_shape(*p.shape))
+        muon_(p, g, torch.zeros_like(p), second, 0.1, 0.0, 0.9, decay, torch.float32)
+        return p
+
+    plain, decayed = moved(0.0, start, grad), moved(0.5, start, grad)
+    agrees = (start - plain) * start > 0
+    assert 0 < int(agrees.sum()) < 36
+    torch.testing.assert_close(plain[~agrees], decayed[~agrees])
+    torch.testing.assert_close(decayed[agrees], (plain - 0.05 * start)[agrees])
+    tall = torch.randn(24, 6, generator=generator)
+    step = (moved(0.0, tall, tall) - tall).norm() / (moved(0.0, start, start) - start).norm()
+    assert float(step) == pytest.approx(2.0, rel=0.05)

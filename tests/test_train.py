@@ -1,0 +1,186 @@
+"""The loop: a resume cannot be told from an uninterrupted run, ranks agree, non-finite steps are not taken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanopoe.checkpoint import list_steps, open_checkpoint
+from nanopoe.checkpoint.store import folder_of
+from nanopoe.config import experiment_from_dict
+from nanopoe.dist import World
+from nanopoe.errors import CheckpointError, ConfigError, DataError, NumericsError
+from nanopoe.train import loop
+from tests.ranks import experiment_dict, run_ranks
+
+ALONE = World(0, 1, torch.device("cpu"))
+TIMINGS = ("seconds", "tokens_per_s", "mfu", "memory_bytes")
+
+
+def train(world: World, experiment: dict[str, Any]) -> int:
+    return loop.train(experiment_from_dict(experiment, "test"), world).step
+
+
+def digest(run_dir: Path, step: int) -> str:
+    """Of everything that a run has learned and where it stands: weights, optimizer state, data position."""
+    checkpoint = open_checkpoint(run_dir, step)
+    h = hashlib.sha256(json.dumps(checkpoint.state, sort_keys=True).encode())
+    for name, tensor in sorted(checkpoint.load_model_tensors().items()):
+        h.update(name.encode() + tensor.numpy().tobytes())
+    for key in sorted(checkpoint.manifest.parts):
+        rows = sum(part["rows"] for part in checkpoint.manifest.parts[key])
+        h.update(key.encode() + checkpoint.optimizer_rows(*key.split("::"), 0, rows).numpy().tobytes())
+    return h.hexdigest()
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of training and evaluation, without timings."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines if line["kind"] != "event"]
+
+
+def interrupted_at(whole: Path, step: int, to: Path) -> None:
+    """The run folder as it was after `step`."""
+    shutil.copytree(whole, to)
+    for later in list_steps(to):
+        if later > step:
+            shutil.rmtree(folder_of(to, later))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_resume_is_bitwise(data: Path, tmp_path: Path, size: int) -> None:
+    """From the start (1), mid-epoch with 2 micro-steps on 1 rank (3), the edge of a cycle (5), inside it (6), the end."""
+    whole = tmp_path / "whole"
+    assert run_ranks(train, size, experiment_dict(data, whole)) == [8] * size
+    final = digest(whole, 8)
+    assert len(list_steps(whole)) == 8
+    for step in (1, 3, 5, 6):
+        again = tmp_path / f"from{step}"
+        interrupted_at(whole, step, again)
+        run_ranks(train, size, experiment_dict(data, again))
+        assert digest(again, 8) == final, step
+        assert metrics(again) == metrics(whole), step
+    before = (whole / "checkpoints" / "step_00000008" / "manifest.json").stat().st_mtime_ns
+    assert run_ranks(train, size, experiment_dict(data, whole)) == [8] * size        # finished: nothing to do
+    assert (whole / "checkpoints" / "step_00000008" / "manifest.json").stat().st_mtime_ns == before
+    assert "nothing to do" in (whole / "metrics.jsonl").read_text()
+    other = tmp_path / "other"                                                      # control: the digest sees a seed
+    run_ranks(train, size, experiment_dict(data, other, seed=8))
+    assert digest(other, 8) != final
+
+
+def test_epochs_are_crossed(data: Path, tmp_path: Path) -> None:
+    """The test above means something only if its run reads documents of a second epoch."""
+    train(ALONE, experiment_dict(data, tmp_path / "run", **{"schedule.cycles.0.steps": 60}))
+    state = open_checkpoint(tmp_path / "run").state
+    assert max(lane["cursors"]["tiny"][0] for lane in state["position"]["lanes"].values()) >= 1
+    interrupted_at(tmp_path / "run", 57, tmp_path / "again")
+    train(ALONE, experiment_dict(data, tmp_path / "again", **{"schedule.cycles.0.steps": 60}))
+    assert digest(tmp_path / "again", 63) == digest(tmp_path / "run", 63)
+
+
+def test_ranks_share_a_batch(data: Path, tmp_path: Path) -> None:
+    """The same batches on 1, 2 and 4 ranks give the same losses to 1e-5, and a run moves between world sizes."""
+    losses = {}
+    small = {"batch.device_batch_size": 2}                                           # 4 micro-batches
+    for size in (1, 2, 4):
+        run_ranks(train, size, experiment_dict(data, tmp_path / str(size), **small))
+        losses[size] = [m["loss"] for m in metrics(tmp_path / str(size)) if m["kind"] == "train"]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[4] == pytest.approx(losses[1], rel=1e-5)
+    interrupted_at(tmp_path / "4", 4, tmp_path / "moved")
+    run_ranks(train, 2, experiment_dict(data, tmp_path / "moved", **small))
+    assert [m["loss"] for m in metrics(tmp_path / "moved") if m["kind"] == "train"] == pytest.approx(losses[1], rel=1e-5)
+    run_ranks(train, 1, experiment_dict(data, tmp_path / "seed", seed=8, **small))
+    assert [m["loss"] for m in metrics(tmp_path / "seed") if m["kind"] == "train"] != pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    {"model.poe_mode": "none", "model.poe_every": None, "model.stage_heads": False},
+    {"model.poe_mode": "hier"}, {"objective.kind": "residual_logop", "objective.rho": 0.5},
+    {"model.stage_heads": False}, {"model.n_kv_head": 1}, {"runtime.compute_dtype": "bfloat16"}])
+def test_every_objective_learns(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    experiment = experiment_dict(data, tmp_path, **{"schedule.cycles.0.steps": 40, "checkpoint.every": None, **changes})
+    train(ALONE, experiment)
+    lines = [m for m in metrics(tmp_path) if m["kind"] == "train"]
+    assert lines[-1]["stage_loss"][-1] < 0.8 * lines[0]["stage_loss"][-1]
+    evaluations = [m for m in metrics(tmp_path) if m["kind"] == "eval"]
+    assert evaluations[-1]["bpb"]["full"] < evaluations[0]["bpb"]["full"]
+
+
+def with_nan(world: World, experiment: dict[str, Any], bad_rank: int, where: str) -> str:
+    """Train 3 steps; in the third a NaN appears on one rank. The message, and whether the weights stayed."""
+    run = loop.build_run(experiment_from_dict(experiment, "test"), world)
+    real = loop.train_step
+    before: dict[str, torch.Tensor] = {}
+
+    def poisoned(model: Any, optimizer: Any, rows: Any, step: int, *args: Any, **kw: Any) -> Any:
+        if step == 2:
+            before.update({n: p.detach().clone() for n, p in model.named_parameters()})
+            before["momentum"] = optimizer.buckets[-1].state["momentum"].clone()
+            if world.rank == bad_rank:
+                if where == "gradient":
+                    model.lm_head_stages[1].weight.register_hook(lambda g: g * float("nan"))
+                else:
+                    with torch.no_grad():                       # one rank's copy of a weight: its loss is NaN at once
+                        before["held"] = model.transformer["h"][2].mlp.c_fc.weight.clone()
+                        model.transformer["h"][2].mlp.c_fc.weight[0, 0] = float("inf")
+        return real(model, optimizer, rows, step, *args, **kw)
+
+    loop.train_step = poisoned
+    loop.build_run, built = (lambda *_: run), loop.build_run
+    try:
+        loop.train(run.experiment, world)
+    except NumericsError as error:
+        held = before.pop("held", None)
+        momentum = before.pop("momentum")
+        same = all(torch.equal(p, before[n]) for n, p in run.model.named_parameters()
+                   if not (held is not None and n == "transformer.h.2.mlp.c_fc.weight"))
+        same = same and torch.equal(run.optimizer.buckets[-1].state["momentum"], momentum)
+        return f"{error} same={same} steps={run.optimizer.steps}"
+    finally:
+        loop.train_step, loop.build_run = real, built
+    return "trained on"
+
+
+@pytest.mark.parametrize("size, bad_rank, where", [(1, 0, "gradient"), (2, 1, "gradient"), (2, 0, "loss")])
+def test_a_step_that_is_not_finite_is_not_taken(data: Path, tmp_path: Path, size: int, bad_rank: int, where: str) -> None:
+    answers = run_ranks(with_nan, size, experiment_dict(data, tmp_path), bad_rank, where)
+    assert len(set(answers)) == 1, "all ranks stop with one message"
+    assert f"step 3, rank {bad_rank}" in answers[0]
+    assert "same=True steps=2" in answers[0]
+    if where == "gradient":
+        assert "lm_head_stages.1.weight" in answers[0]
+    assert list_steps(tmp_path) == [1, 2]
+
+
+def test_a_changed_experiment_is_refused(data: Path, tmp_path: Path) -> None:
+    base = experiment_dict(data, tmp_path)
+    train(ALONE, base)
+    final = digest(tmp_path, 8)
+    for key, value in (("optim.matrix_lr", 0.03), ("seed", 8), ("schedule.cycles.0.steps", 6), ("objective.alpha", 0.5),
+                       ("data.case_aug_prob", 0.0)):
+        with pytest.raises(CheckpointError):
+            train(ALONE, experiment_dict(data, tmp_path, **{key: value}))
+    third = base["schedule"]["cycles"] + [{**base["schedule"]["cycles"][1], "steps": 2}]
+    assert train(ALONE, experiment_dict(data, tmp_path, **{"schedule.cycles": third})) == 10    # cycles may be appended
+    assert digest(tmp_path, 8) == final
+    with pytest.raises(CheckpointError, match="no checkpoint of step 77"):
+        train(ALONE, {**base, "resume": {"step": 77}})
+
+
+def test_what_does_not_fit_is_refused_before_training(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has 300 tokens, the model 310"):
+        train(ALONE, experiment_dict(data, tmp_path / "a", **{"model.vocab_size": 310}))
+    with pytest.raises(ConfigError, match="use 1, 2"):
+        run_dir = tmp_path / "b"
+        loop.build_run(experiment_from_dict(experiment_dict(data, run_dir), "test"), World(0, 3, torch.device("cpu")))
+    with pytest.raises(DataError, match="lane"):
+        train(ALONE, experiment_dict(data, tmp_path / "c", **{"data.lanes": 400}))
+    assert not (tmp_path / "c" / "checkpoints").exists()
