@@ -23,15 +23,15 @@ from nanopoe.train import loop
 from tests.ranks import experiment_dict, run_ranks
 from tests.test_optim import groups, parameters
 
+OPTIM = "optim-0001-of-0001.safetensors"
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(data: Path, tmp_path: Path) -> dict[str, Any]:
     """The experiment of a run with checkpoints of steps 2 and 4."""
-    experiment = experiment_dict(data, tmp_path / "run", **{
-        "schedule.cycles.0.steps": 4, "schedule.cycles": [experiment_dict(data, tmp_path)["schedule"]["cycles"][0] | {"steps": 4}],
-        "checkpoint.every": 2})
+    cycle = experiment_dict(data, tmp_path)["schedule"]["cycles"][0] | {"steps": 4}
+    experiment = experiment_dict(data, tmp_path / "run", **{"schedule.cycles": [cycle], "checkpoint.every": 2})
     loop.train(experiment_from_dict(experiment, "test"), ALONE)
     return experiment
 
@@ -55,6 +55,10 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(raw)
 
 
+def cut(path: Path, end: int) -> None:
+    path.write_bytes(path.read_bytes()[:-end])
+
+
 def drop_tensor(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors = {n: t.clone() for n, t in tensors.items() if n != "lm_head.weight"}
@@ -73,18 +77,17 @@ def symlink(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a flipped bit in the weights": (lambda f: flip(f / "model.safetensors", -100), "model.safetensors"),
-    "a flipped bit in the optimizer": (lambda f: flip(f / "optim-0001-of-0001.safetensors", -100), "optim-0001-of-0001"),
-    "a cut file": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-64]), "model"),
-    "an appended byte": (lambda f: (f / "state.json").write_bytes((f / "state.json").read_bytes() + b" "), "state.json"),
-    "a missing file": (lambda f: (f / "optim-0001-of-0001.safetensors").unlink(), "optim-0001-of-0001"),
+    "a flipped bit in the optimizer": (lambda f: flip(f / OPTIM, -100), OPTIM),
+    "a cut file": (lambda f: cut(f / "model.safetensors", 64), "model.safetensors"),
+    "an appended byte": (lambda f: (f / "state.json").open("a").write(" "), "state.json"),
+    "a missing file": (lambda f: (f / OPTIM).unlink(), OPTIM),
     "an altered state": (lambda f: flip(f / "state.json", 30), "state.json"),
     "an altered config": (lambda f: flip(f / "config.json", 40), "config.json"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
-    "half a manifest": (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text()[:200]), "manifest.json"),
+    "half a manifest": (lambda f: cut(f / "manifest.json", 200), "manifest.json"),
     "a manifest of lists": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json"),
     "a newer format": (lambda f: rewrite_manifest(f, lambda m: m.update(version=99)), "version 99"),
-    "a path outside": (lambda f: rewrite_manifest(f, lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})),
-                       "outside"),
+    "a path outside": (lambda f: rewrite_manifest(f, lambda m: m["files"].update({"../x": {"bytes": 1}})), "outside"),
     "a link": (symlink, "outside"),
     "a missing tensor": (drop_tensor, "lm_head.weight"),
     "missing optimizer rows": (drop_optimizer_rows, "lm_head.weight::exp_avg"),
@@ -109,7 +112,7 @@ def test_damage_is_refused_by_name(run: dict[str, Any], damage: str) -> None:
 
 def test_the_message_names_the_step_before(run: dict[str, Any]) -> None:
     (folder_of(run["run_dir"], 4) / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="the one before is step 2"):
+    with pytest.raises(CheckpointError, match=r"the one before is step 2"):
         open_checkpoint(run["run_dir"])
 
 
@@ -120,14 +123,15 @@ def test_another_model_is_refused(run: dict[str, Any], data: Path) -> None:
     built.loader.close()
     from nanopoe.train.build import build_model
 
-    with pytest.raises(CheckpointError, match="has unknown lm_head_stages.0.weight"):
+    with pytest.raises(CheckpointError, match=r"has unknown lm_head_stages\.0\.weight"):
         build_model(other, ALONE, built.compute, checkpoint)
     same = build_model(experiment_from_dict(run, "test"), ALONE, built.compute, checkpoint)
     assert all(torch.equal(p, q) for p, q in zip(same.parameters(), built.model.parameters(), strict=True))
 
 
 def test_keep_last(data: Path, tmp_path: Path) -> None:
-    loop.train(experiment_from_dict(experiment_dict(data, tmp_path / "a", **{"checkpoint.keep_last": 2}), "test"), ALONE)
+    experiment = experiment_dict(data, tmp_path / "a", **{"checkpoint.keep_last": 2})
+    loop.train(experiment_from_dict(experiment, "test"), ALONE)
     assert list_steps(tmp_path / "a") == [7, 8]
     assert sorted(p.name for p in (tmp_path / "a" / "checkpoints").iterdir()) == ["step_00000007", "step_00000008"]
 
@@ -148,7 +152,7 @@ def test_a_failed_save_leaves_what_was_there(run: dict[str, Any], monkeypatch: p
             with pytest.raises(StorageError, match="No space left"):
                 save_checkpoint(run["run_dir"], experiment, ALONE, model, [], state, {}, None)
         assert open_checkpoint(run["run_dir"]).load_model_tensors().keys() != model.keys()
-    save_checkpoint(run["run_dir"], experiment, ALONE, model, [], state, {}, None)                 # control: it can be saved
+    save_checkpoint(run["run_dir"], experiment, ALONE, model, [], state, {}, None)                 # control
     assert open_checkpoint(run["run_dir"]).load_model_tensors().keys() == model.keys()
     assert not list(folder_of(run["run_dir"], 4).parent.glob(".t*"))
 

@@ -67,7 +67,8 @@ def sharded_state(world: World) -> list[tuple[str, str, int, list[float]]]:
         p.grad = p.grad / world.size if world.size == 1 else p.grad
     optimizer.reduce()
     optimizer.update(1.0, 0.9, 1.0)
-    return [("", "", owned, []), *((p.param, p.slot, p.row0, p.tensor.flatten().tolist()) for p in optimizer.state_parts())]
+    parts = [(p.param, p.slot, p.row0, p.tensor.flatten().tolist()) for p in optimizer.state_parts()]
+    return [("", "", owned, []), *parts]
 
 
 def test_state_is_sharded_and_covers_every_row_once() -> None:

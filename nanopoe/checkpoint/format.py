@@ -42,7 +42,7 @@ def sha256_file(path: Path) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write and fsync a safetensors file; returns its manifest entry {bytes, sha256}. StorageError when disk is full."""
+    """Write and fsync a safetensors file; returns its manifest entry. StorageError when the disk is full."""
     try:
         save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:                       # a full disk comes as this, with no errno

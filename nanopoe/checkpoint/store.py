@@ -79,7 +79,8 @@ def open_checkpoint(run_dir: str | Path, step: int | None = None) -> Checkpoint:
             error.do = "use another step"
         before = [s for s in steps if s < chosen]
         if before:
-            raise CheckpointError(error.what, error.where, f"{error.do}; the one before is step {before[-1]}") from error
+            do = f"{error.do}; the one before is step {before[-1]}"
+            raise CheckpointError(error.what, error.where, do) from error
         raise
 
 

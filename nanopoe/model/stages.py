@@ -69,7 +69,7 @@ def backward_stages(model: GPT, ids: Tensor, targets: Tensor, objective: Objecti
         torch.autograd.backward(boundaries, gradients)
     assert x0.grad is not None
     embedded.backward(x0.grad)
-    pool_nats = nats(pool / K, targets.reshape(-1)) if pool is not None else None
+    pool_nats = nats(pool / K, targets.reshape(-1)) if report_pool and pool is not None else None
     return MicroLosses(torch.stack(totals).sum(), torch.stack(plain), pool_nats, int((targets != IGNORE).sum()))
 
 

@@ -129,7 +129,8 @@ def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
     missing, unknown = params.keys() - tensors.keys(), tensors.keys() - params.keys()
     for problem, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
-            raise CheckpointError(f"{problem} {', '.join(sorted(names)[:3])}", checkpoint.path, "use the run's own config")
+            raise CheckpointError(f"{problem} {', '.join(sorted(names)[:3])}", checkpoint.path,
+                                  "use the run's own config")
     for name, p in params.items():
         if tensors[name].shape != p.shape:
             raise CheckpointError(f"{name} has shape {list(tensors[name].shape)}, the model {list(p.shape)}",

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanopoe import data, dist
+from nanopoe import dist
 from nanopoe.config import config_hash
 from nanopoe.errors import DataError, NumericsError
 from nanopoe.infer.engine import Engine
 from nanopoe.model import GPT
 from nanopoe.model.pool import View
 from nanopoe.tokenizer import Tokenizer
-from nanopoe.train.build import load_trained
+from nanopoe.train.build import load_trained, validation
 from nanopoe.train.files import replace_file
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -170,10 +170,7 @@ def evaluate_checkpoint(run_dir: str | Path, step: int | None, tokens: int | Non
     model, tokenizer, checkpoint = load_trained(run_dir, step, world)
     experiment = checkpoint.experiment
     with dist.agree(world.device):
-        batches = data.eval_batches(
-            experiment.data.val, tokenizer, tokens=tokens or experiment.evaluation.tokens,
-            sequence_len=experiment.model.sequence_len, buffer_documents=experiment.data.buffer_documents,
-            device_batch_size=experiment.batch.device_batch_size, rank=world.rank, world_size=world.size)
+        batches = validation(experiment, tokenizer, world, tokens)
     result = evaluate(model, batches, tokenizer.token_bytes)
     answers: list[dict[str, Any]] = []
     with dist.agree(world.device):

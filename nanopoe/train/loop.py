@@ -27,9 +27,9 @@ def train(experiment: Experiment, world: World) -> Run:
     with run.loader, watch_of(run) as watch:
         if run.resumed_from is not None:
             watch.event("resumed", checkpoint=str(run.resumed_from), lr_scale=run.schedule.lr_scale(run.step))
+            evaluate_if_due(run, watch)                          # the run may have died before it
         if run.step == run.plan.total_steps:
             watch.event("nothing to do", step=run.step)
-            return run
         while run.step < run.plan.total_steps:
             start = time.perf_counter()
             with dist.agree(world.device):                       # a bad shard on one rank stops all
@@ -41,8 +41,7 @@ def train(experiment: Experiment, world: World) -> Run:
             run.step += 1
             if due(run.step, experiment.checkpoint.every, run.plan.total_steps):
                 save(run, position, watch)                       # before the evaluation, which could fail
-            if due(run.step, experiment.evaluation.every, run.plan.total_steps):
-                watch.eval(evaluate_run(run), run.step)
+            evaluate_if_due(run, watch)
         watch.event("finished", step=run.step, folder=str(run.folder))
     return run
 
@@ -90,8 +89,11 @@ def save(run: Run, position: dict[str, Any], watch: Watch) -> None:
     watch.event("checkpoint", path=str(path), seconds=round(time.perf_counter() - start, 2))
 
 
-def evaluate_run(run: Run) -> dict[str, Any]:
-    """Bits per byte and accuracy of every view on the first evaluation.tokens of the validation split. Collective."""
+def evaluate_if_due(run: Run, watch: Watch) -> None:
+    """Bits per byte and accuracy of every view on evaluation.tokens of the validation split, once a step. Collective."""
+    every = run.experiment.evaluation.every
+    if not due(run.step, every, run.plan.total_steps) or run.step in watch.evaluated:
+        return
     with dist.agree(run.world.device):
         batches = validation(run.experiment, run.tokenizer, run.world)
-    return evaluate(run.model, batches, run.tokenizer.token_bytes)
+    watch.eval(evaluate(run.model, batches, run.tokenizer.token_bytes), run.step)

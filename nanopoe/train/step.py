@@ -34,41 +34,40 @@ def train_step(model: GPT, optimizer: DistMuonAdamW, rows: Tensor, step: int, ob
     """Run this rank's `rows` (micro_steps, b, T+1) backward and update every parameter once. Collective.
 
     NumericsError on every rank when a loss or gradient of any is not finite; weights and moments are untouched then.
-    The pool's loss is that of each rank's first micro-batch, since it costs another pass over the logits.
+    `report_pool` asks for the pool's loss too, which costs another pass over the logits.
     """
     K = model.layout.n_stages
     scale = 1.0 / plan.tokens_per_step
-    # sums over this rank: [total, stages.., pool, pool targets, targets], and a flag per rank for what is not finite
-    sums = torch.zeros(K + 4, dtype=torch.float64, device=world.device)
-    for m, batch in enumerate(rows.to(world.device, torch.int64).unbind(0)):
-        micro = backward_stages(model, batch[:, :-1], batch[:, 1:], objective, scale, report_pool and m == 0)
+    # sums over this rank: [total, stages.., pool, targets]; then the gradient's norm and a flag per rank
+    sums = torch.zeros(K + 3, dtype=torch.float64, device=world.device)
+    for batch in rows.to(world.device, torch.int64).unbind(0):
+        micro = backward_stages(model, batch[:, :-1], batch[:, 1:], objective, scale, report_pool)
         sums[0] += micro.total
         sums[1:K + 1] += micro.stages
-        if micro.pool is not None and m == 0:
+        if micro.pool is not None:
             sums[K + 1] += micro.pool
-            sums[K + 2] += micro.targets
-        sums[K + 3] += micro.targets
+        sums[K + 2] += micro.targets
     squared_norm = optimizer.reduce()
     flags = torch.zeros(world.size, dtype=torch.float64, device=world.device)
     flags[world.rank] = float(not bool(sums.isfinite().all()))
     flat = dist.all_reduce_sum_(torch.cat([sums, squared_norm.view(1), flags]))
     if not bool(flat.isfinite().all()):
-        _stop(model, optimizer, world, step, flat[K + 5:])
-    losses = _losses(flat.tolist(), K)
+        _stop(model, optimizer, world, step, flat[K + 4:])
+    losses = _losses(flat.tolist(), K, report_pool)
     # Losses were divided by the tokens of a full step; masked targets make the real number smaller.
     grad_scale = plan.tokens_per_step / losses.targets if losses.targets else 1.0
     optimizer.update(schedule.lr_scale(step), schedule.momentum(step), schedule.weight_decay_scale(step), grad_scale)
     return losses
 
 
-def _losses(sums: list[float], K: int) -> Losses:
-    targets = max(sums[K + 3], 1.0)
+def _losses(sums: list[float], K: int, pool: bool) -> Losses:
+    targets = max(sums[K + 2], 1.0)
     return Losses(
         loss=sums[0] / targets,
         stage_loss=[nats / targets for nats in sums[1:K + 1]],
-        pool_loss=sums[K + 1] / sums[K + 2] if sums[K + 2] else None,
-        targets=int(sums[K + 3]),
-        grad_norm=sums[K + 4] ** 0.5,
+        pool_loss=sums[K + 1] / targets if pool and K > 1 else None,
+        targets=int(sums[K + 2]),
+        grad_norm=sums[K + 3] ** 0.5,
     )
 
 
