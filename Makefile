@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(READY)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash runs/quickstart.sh
+	bash runs/quickstart.sh
 
 test: $(READY)
 	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal

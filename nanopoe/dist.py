@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanopoe.errors import CheckpointError, ConfigError, DataError, NanopoeError, NumericsError, PeerError, StorageError
+from nanopoe.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NanopoeError,
+    NumericsError,
+    PeerError,
+    StorageError,
+    everywhere,
+    report,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,13 @@ def environment_world() -> tuple[int, int, int]:
     if missing:
         raise ConfigError(f"the environment names a world but lacks {', '.join(missing)}", "environment",
                           "start with torchrun, or unset RANK and WORLD_SIZE")
-    return int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    numbers = {v: os.environ[v] for v in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    wrong = [f"{v}={text!r}" for v, text in numbers.items() if not (text.isascii() and text.isdecimal())]
+    if wrong or not int(numbers["RANK"]) < int(numbers["WORLD_SIZE"]):
+        shown = wrong or [f"{v}={numbers[v]}" for v in ("RANK", "WORLD_SIZE")]
+        raise ConfigError(f"the environment names no rank of a world: {', '.join(shown)}", "environment",
+                          "start with torchrun, or unset RANK and WORLD_SIZE")
+    return int(numbers["RANK"]), int(numbers["LOCAL_RANK"]), int(numbers["WORLD_SIZE"])
 
 
 @contextmanager
@@ -84,6 +101,10 @@ def world(device: str = "auto", timeout_s: int = 600, rank: int | None = None, s
             raise PeerError(f"the group has {dist.get_world_size()} ranks, the environment says {size}", f"rank {rank}")
     try:
         yield World(rank, size, chosen)
+    except Exception as error:
+        if size > 1:
+            report(error)           # before the others see this rank gone: torchrun ends all when the first one exits
+        raise
     finally:
         if size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -94,17 +115,45 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@contextmanager
+def _peers() -> Iterator[None]:
+    """A collective that fails is another rank's end. Told at once: torchrun ends this rank within a moment."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0])        # gloo's, without its line of source
+        reason = reason.split(". ")[0]
+        lost = PeerError(f"another rank is gone or hangs: {reason}", f"rank {dist.get_rank()}",
+                         "its own message and log say why; start again to go on from the last checkpoint")
+        lost.__cause__ = error
+        report(lost)
+        raise lost from error
+
+
+class Pending:
+    """A collective on its way. Hold its tensors until wait() has returned."""
+
+    def __init__(self, work: dist.Work):
+        self._work = work
+
+    def wait(self) -> None:
+        with _peers():
+            self._work.wait()
+
+
 def all_reduce_sum_(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place."""
     if size() > 1:
-        dist.all_reduce(tensor)
+        with _peers():
+            dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
     """Overwrite with the tensor of rank `source`."""
     if size() > 1:
-        dist.broadcast(tensor, source)
+        with _peers():
+            dist.broadcast(tensor, source)
     return tensor
 
 
@@ -113,22 +162,25 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def reduce_scatter(output: Tensor, everything: Tensor) -> dist.Work:
+def reduce_scatter(output: Tensor, everything: Tensor) -> Pending:
     """Start summing `everything` (W * n, ...) over ranks, this rank's n rows into `output`.
 
     Hold both tensors and wait() for the Work; gloo has no future to attach to it.
     """
-    return _reduce_scatter(output, everything, async_op=True)
+    with _peers():
+        return Pending(_reduce_scatter(output, everything, async_op=True))
 
 
-def all_gather(everything: Tensor, mine: Tensor) -> dist.Work:
+def all_gather(everything: Tensor, mine: Tensor) -> Pending:
     """Start collecting `mine` (n, ...) of every rank into `everything` (W * n, ...). Hold both, and wait()."""
-    return _all_gather(everything, mine, async_op=True)
+    with _peers():
+        return Pending(_all_gather(everything, mine, async_op=True))
 
 
 def barrier() -> None:
     if size() > 1:
-        dist.barrier()
+        with _peers():
+            dist.barrier()
 
 
 def gather_json(value: Any, device: torch.device | str = "cpu") -> list[Any]:
@@ -155,6 +207,8 @@ KINDS = {e.kind: e for e in (NanopoeError, ConfigError, DataError, CheckpointErr
 def agree(device: torch.device | str = "cpu") -> Iterator[None]:
     """What fails in this block on one rank fails on all, with the same typed error naming the rank.
 
+    The traceback of a rank's own failure is the cause of what it raises, and so gets into that rank's log.
+
     The block must hold no collective of its own; the exchange of outcomes comes after it, on every rank.
     """
     failure: NanopoeError | None = None
@@ -163,16 +217,24 @@ def agree(device: torch.device | str = "cpu") -> Iterator[None]:
     except NanopoeError as error:
         failure = error
     except OSError as error:
-        failure = StorageError(str(error))
+        failure = StorageError(error.strerror or str(error), error.filename, "free some space or check the rights")
+        failure.__cause__ = error
     except Exception as error:
         if size() == 1:
             raise
-        failure = NanopoeError(f"{type(error).__name__}: {error}")
+        failure = NanopoeError(f"{type(error).__name__}: {error}", do="a bug; that rank's log has the traceback")
+        failure.__cause__ = error
     if size() == 1:
         if failure is not None:
             raise failure
         return
-    if not int(all_reduce_sum_(torch.tensor([int(failure is not None)], device=device))):
+    try:
+        failures = int(all_reduce_sum_(torch.tensor([int(failure is not None)], device=device)))
+    except PeerError:
+        if failure is not None:                 # our own trouble is the better news
+            raise failure from failure.__cause__
+        raise
+    if not failures:
         return
     mine = None if failure is None else [failure.kind, failure.what, failure.where, failure.do,
                                          getattr(failure, "problems", [])]
@@ -181,6 +243,5 @@ def agree(device: torch.device | str = "cpu") -> Iterator[None]:
         if outcome is not None:
             kind, what, where, do, problems = outcome
             located = f"rank {rank}: {where}" if where else f"rank {rank}"
-            if kind == "config":
-                raise ConfigError(what, located, do, problems) from failure
-            raise KINDS[kind](what, located, do) from failure
+            agreed = ConfigError(what, located, do, problems) if kind == "config" else KINDS[kind](what, located, do)
+            raise everywhere(agreed) from failure

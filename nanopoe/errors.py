@@ -10,16 +10,22 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 
 class NanopoeError(Exception):
-    """Base of the tree. `what` happened, `where` (file, key, tensor, rank), and what to `do` about it."""
+    """Base of the tree. `what` happened, `where` (file, key, tensor, rank), and what to `do` about it.
+
+    `everywhere` is set when every rank raises this error alike, so that one of them can tell it for all.
+    """
 
     kind = "internal"
     exit_code = 1
+    everywhere = False
 
     def __init__(self, what: str, where: str | os.PathLike[str] | None = None, do: str | None = None):
         self.what, self.where, self.do = what, None if where is None else str(where), do
@@ -78,6 +84,15 @@ class StorageError(NanopoeError):
     kind, exit_code = "storage", 7
 
 
+Error = TypeVar("Error", bound=NanopoeError)
+
+
+def everywhere(error: Error) -> Error:
+    """Mark `error` as one that every rank raises alike."""
+    error.everywhere = True
+    return error
+
+
 def entrypoint(main: Callable[[], int | None]) -> Callable[[], None]:
     """Wrap a script's main: typed errors become one message and their exit code, never a traceback.
 
@@ -107,7 +122,10 @@ def entrypoint(main: Callable[[], int | None]) -> Callable[[], None]:
     return wrapped
 
 
+PATIENCE_S = 2.0
+
 _error_log: Path | None = None
+_reported: BaseException | None = None
 
 
 def set_error_log(path: Path | None) -> None:
@@ -117,7 +135,15 @@ def set_error_log(path: Path | None) -> None:
 
 
 def report(error: BaseException) -> None:
-    """Print `error` as a user should see it (stderr) and keep its traceback in the error log."""
+    """Print `error` as a user should see it (stderr) and keep its traceback in the error log; once for one error.
+
+    What every rank raises is told by the first rank of a host. The others wait: torchrun ends them when the first one
+    exits, and who is not ended has an error of its own to tell.
+    """
+    global _reported
+    if error is _reported:
+        return
+    _reported = error
     trace = "".join(traceback.format_exception(error))
     debug = "--debug" in sys.argv
     hint = "run again with --debug to see the traceback"
@@ -129,6 +155,8 @@ def report(error: BaseException) -> None:
             hint = f"traceback in {_error_log}"
         except OSError:
             pass                                    # a full disk must not hide the first error
+    if getattr(error, "everywhere", False) and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE_S)
     if isinstance(error, NanopoeError):
         line = error.render()
     else:

@@ -20,7 +20,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from nanopoe.errors import DataError
+from nanopoe.errors import DataError, StorageError
 
 FORMAT_VERSION = 1
 SPECIALS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
@@ -29,7 +29,7 @@ SPECIALS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", 
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
            r"|\s*[\r\n]|\s+(?!\S)|\s+")
 N_BYTES = 256
-_JSON, _RANKS = "tokenizer.json", "ranks.tiktoken"
+FILES = _JSON, _RANKS = "tokenizer.json", "ranks.tiktoken"         # all that a saved tokenizer is
 _MAX_JSON, _MAX_RANKS = 1 << 20, 1 << 28                 # bytes read before anything is parsed
 
 # The pattern backtracks over white space; a run of a million characters overflows the stack of the regex engine.
@@ -113,15 +113,19 @@ class Tokenizer:
         return _digest(self.pattern, self.special_ids, hashlib.sha256(self._ranks_text()).hexdigest())
 
     def save(self, folder: Path | str) -> None:
-        """Write tokenizer.json and ranks.tiktoken into `folder` (made if missing), the JSON last."""
+        """Write tokenizer.json and ranks.tiktoken into `folder` (made if missing), the JSON last; or StorageError."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         ranks = self._ranks_text()
         head = {"format_version": FORMAT_VERSION, "pattern": self.pattern, "vocab_size": self.vocab_size,
                 "specials": self.special_ids, "ranks_sha256": hashlib.sha256(ranks).hexdigest(),
                 "digest": self.digest}
-        _write(folder / _RANKS, ranks)
-        _write(folder / _JSON, (json.dumps(head, indent=2) + "\n").encode())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / _RANKS, ranks)
+            _write(folder / _JSON, (json.dumps(head, indent=2) + "\n").encode())
+        except OSError as error:
+            raise StorageError(f"cannot be written ({error.strerror or error})", folder,
+                               "free space or choose another folder") from error
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:

@@ -3,12 +3,13 @@
 #
 # What it does   real text from this Python's own standard library -> tokenizer -> a PoE model with three stages ->
 #                bits per byte of every stage -> loss curves -> a Hugging Face repo -> text from the pool and one stage
-# What it needs  the environment of `make setup`; no network, no GPU, 2 GB of memory
+# What it needs  .venv of `make setup`, or else its packages for the python on PATH; no network, no GPU, 2 GB of memory
 # What it costs  under 10 minutes on 2 CPU cores, installation included; 60 MB in out/ and data/
 #
 # Run it again and finished steps are kept: the training resumes from its newest checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
 
 DATA=data/stdlib
 RUN=out/quickstart
@@ -35,7 +36,7 @@ python -m scripts.try_export "$HUB" --prompt "def read(self, path):" --prompt "R
 
 say "done"
 echo "curves      $RUN/report/curves.png"
-echo "evaluation  $(ls $RUN/evaluation/*.md | tail -n 1)"
+echo "evaluation  $(ls "$RUN"/evaluation/*.md | tail -n 1)"
 echo "metrics     $RUN/metrics.jsonl"
 echo "checkpoints $RUN/checkpoints"
 echo "HF repo     $HUB"

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from nanopoe.config import load_experiment
-from nanopoe.errors import entrypoint
+from nanopoe.errors import ConfigError, entrypoint
 
 EXAMPLES = """examples:
   python -m scripts.bench step                                        configs/quickstart.yaml
@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON lines, not a table")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
+    if args.steps < 1:
+        raise ConfigError(f"must be 1 or more, got {args.steps}", "--steps")
     experiments = [load_experiment(path, args.set) for path in args.configs]
 
     from rich.console import Console
@@ -33,8 +35,8 @@ def main() -> None:
     from nanopoe.dist import world
     from nanopoe.train.bench import bench_step
 
-    table = Table("experiment", "dtype", "s / step", "spread", "backward", "optimizer", "tokens/s", "GFLOP/s", "of peak",
-                  "memory MiB")
+    table = Table("experiment", "dtype", "s / step", "spread", "backward", "optimizer", "tokens/s", "GFLOP/s",
+                  "of peak", "memory MiB")
     for experiment in experiments:
         with world(experiment.runtime.device) as here:
             r = bench_step(experiment, here, args.steps)

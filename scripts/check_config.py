@@ -38,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.check_config", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="experiment file (YAML)")
-    parser.add_argument("more", nargs="*", metavar="file | key.sub=value",
+    parser.add_argument("more", nargs="*", default=[], metavar="file | key.sub=value",
                         help="more files; keys to set in all of them, list items by index")
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks to plan for (default 1)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -17,7 +17,8 @@ EXAMPLES = """examples:
 writes RUN/evaluation/step_NNNNNNNN.json and .md; its keys: nanopoe.train.evaluate.evaluate"""
 
 
-def evaluate_run() -> None:
+@entrypoint
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.evaluate", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run")
@@ -42,15 +43,13 @@ def evaluate_run() -> None:
         with agree(here.device):
             if here.is_main:
                 path = save_evaluation(args.run, result, evaluation_markdown(result, title))
-                if args.json:
-                    print(json.dumps(result, indent=1, ensure_ascii=False))
-                else:
-                    console = Console(highlight=False)
-                    console.print(evaluation_table(result, title))
-                    console.print(f"\nsaved as {path} and .md", markup=False, soft_wrap=True)
+    if here.is_main and args.json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+    elif here.is_main:
+        console = Console(highlight=False)
+        console.print(evaluation_table(result, title))
+        console.print(f"\nsaved as {path} and .md", markup=False, soft_wrap=True)
 
-
-main = entrypoint(evaluate_run)
 
 if __name__ == "__main__":
     main()

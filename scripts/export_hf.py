@@ -15,7 +15,8 @@ EXAMPLES = """examples:
 The card shows the scores of RUN/evaluation/step_NNNNNNNN.json where scripts.evaluate has written it."""
 
 
-def export_hf() -> None:
+@entrypoint
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.export_hf", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
@@ -31,8 +32,6 @@ def export_hf() -> None:
     out, step = export_run(args.run, args.out, step=args.step, dtype=args.dtype, overwrite=args.overwrite)
     print(f"step {step} exported to {out}")
 
-
-main = entrypoint(export_hf)
 
 if __name__ == "__main__":
     main()

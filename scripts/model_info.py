@@ -93,7 +93,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.model_info", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="experiment file (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="set a key; list items by index")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value",
+                        help="set a key; list items by index")
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks to plan for (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON; memory in bytes")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -14,8 +14,7 @@ from nanopoe.errors import ConfigError, entrypoint
 EXAMPLES = """examples:
   python -m scripts.prepare_data stdlib --out data/stdlib
   python -m scripts.prepare_data folder ~/notes --out data/notes --max-chars 4096
-  python -m scripts.prepare_data hub HuggingFaceFW/fineweb-edu --config sample-10BT --out data/fineweb --max-mb 500
-"""
+  python -m scripts.prepare_data hub HuggingFaceFW/fineweb-edu --config sample-10BT --out data/fineweb --max-mb 500"""
 
 
 def arguments() -> argparse.Namespace:
@@ -27,7 +26,7 @@ def arguments() -> argparse.Namespace:
     common.add_argument("--seed", type=int, default=0, help="of the shuffle; the split does not depend on it [0]")
     common.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+    parser = argparse.ArgumentParser(prog="python -m scripts.prepare_data", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     kinds.add_parser("stdlib", parents=[common], help="documentation and sources of this Python; no network")
@@ -43,7 +42,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run() -> None:
+@entrypoint
+def main() -> None:
     args = arguments()
     if not 0 < args.val_percent < 100 or args.max_chars < 1 or (args.max_mb is not None and not args.max_mb > 0):
         raise ConfigError("--val-percent must lie between 0 and 100, --max-chars and --max-mb above 0", "command line")
@@ -66,6 +66,5 @@ def run() -> None:
     print(f"done in {time.monotonic() - start:.1f} s")
 
 
-main = entrypoint(run)
 if __name__ == "__main__":
     main()

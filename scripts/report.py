@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from nanopoe.checkpoint import list_steps, open_checkpoint
-from nanopoe.errors import ConfigError, entrypoint
+from nanopoe.errors import ConfigError, StorageError, entrypoint
 from nanopoe.report.plots import plot_comparison, plot_curves
 from nanopoe.report.runs import RunStory, load_run
 from nanopoe.report.tables import comparison_markdown, comparison_table
@@ -23,7 +24,23 @@ def read(path: Path) -> RunStory:
     return load_run(path, open_checkpoint(path).experiment if list_steps(path) else None)
 
 
-def report() -> None:
+def write(runs: list[RunStory], evaluations: dict[str, dict[str, Any]], out: Path) -> list[str]:
+    """All files of the report into `out`; their names."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = ["curves.png"] if len(runs) == 1 else [f"curves_{run.name}.png" for run in runs]
+    for run, name in zip(runs, written, strict=True):
+        plot_curves(run, out / name)
+    if len(runs) > 1:
+        plot_comparison(runs, out / "comparison.png")
+        written.append("comparison.png")
+    if evaluations:
+        (out / "comparison.md").write_text(comparison_markdown(evaluations), encoding="utf-8")
+        written.append("comparison.md")
+    return written
+
+
+@entrypoint
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.report", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
@@ -34,20 +51,18 @@ def report() -> None:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"two runs of one name among {', '.join(names)}", do="rename a run folder")
-    for run in runs:
-        plot_curves(run, args.out / ("curves.png" if len(runs) == 1 else f"curves_{run.name}.png"))
-    if len(runs) > 1:
-        plot_comparison(runs, args.out / "comparison.png")
     evaluations = {run.name: run.evaluation for run in runs if run.evaluation is not None}
+    try:
+        written = write(runs, evaluations, args.out)
+    except OSError as error:
+        raise StorageError(f"cannot be written ({error.strerror or error})", args.out,
+                           "free space or choose another --out") from error
     if evaluations:
         from rich.console import Console
 
         Console(highlight=False, width=160).print(comparison_table(evaluations))
-        (args.out / "comparison.md").write_text(comparison_markdown(evaluations), encoding="utf-8")
-    print(f"written to {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+    print(f"written to {args.out}: {', '.join(written)}")
 
-
-main = entrypoint(report)
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from nanopoe.config import load_experiment, make_plan
-from nanopoe.errors import entrypoint, set_error_log
+from nanopoe.errors import ConfigError, entrypoint, everywhere, set_error_log
 
 EXAMPLES = """examples:
   python -m scripts.train configs/quickstart.yaml
@@ -20,14 +20,19 @@ exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 lost peer, 7 s
 
 @entrypoint
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+    parser = argparse.ArgumentParser(prog="python -m scripts.train", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="experiment file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to it")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="changes to it")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    experiment = load_experiment(args.config, args.overrides)
-    make_plan(experiment, int(os.environ.get("WORLD_SIZE", "1")))        # refuse before torch is even imported
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    try:
+        experiment = load_experiment(args.config, args.overrides)
+        if ranks.isascii() and ranks.isdecimal():                        # or else `world` refuses it
+            make_plan(experiment, int(ranks))                            # refuse before torch is even imported
+    except ConfigError as error:
+        raise everywhere(error) from None
     set_error_log(Path(experiment.out) / "logs" / f"rank_{os.environ.get('RANK', '0')}.log")
 
     from nanopoe.dist import world

@@ -9,18 +9,17 @@ from pathlib import Path
 
 from nanopoe.data.progress import progress
 from nanopoe.data.shards import Source, open_source
-from nanopoe.errors import DataError, entrypoint
-from nanopoe.tokenizer import Tokenizer
+from nanopoe.errors import ConfigError, DataError, entrypoint
+from nanopoe.tokenizer import FILES, Tokenizer
 
 EXAMPLES = """examples:
   python -m scripts.train_tokenizer --data data/stdlib --vocab-size 4096 --out data/tokenizer
   python -m scripts.train_tokenizer --data shards --files 'shard_0000[0-5].parquet' --vocab-size 32768 \\
-      --held-out shards/shard_00006.parquet --out data/tokenizer
-"""
+      --held-out shards/shard_00006.parquet --out data/tokenizer"""
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+    parser = argparse.ArgumentParser(prog="python -m scripts.train_tokenizer", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of shards, or one with train/ and val/")
     parser.add_argument("--files", help="glob of the shards to train on [*.parquet]")
@@ -54,10 +53,23 @@ def bytes_per_token(tokenizer: Tokenizer, held_out: Source) -> float:
     return size / tokens
 
 
-def run() -> None:
+def check_out(out: Path, overwrite: bool) -> None:
+    """DataError unless `out` is missing or holds at most a tokenizer: a whole one only with `overwrite`."""
+    if out.exists() and not out.is_dir():
+        raise DataError("is not a folder", out, "choose another --out")
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if {name.removeprefix(".tmp-") for name in held} - set(FILES):
+        raise DataError("is not empty and not a tokenizer", out, "choose another --out")
+    if held >= set(FILES) and not overwrite:             # less than all is what an interrupted run has left
+        raise DataError("is not empty", out, "choose another --out or pass --overwrite")
+
+
+@entrypoint
+def main() -> None:
     args = arguments()
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())) and not args.overwrite:
-        raise DataError("is not empty", args.out, "choose another --out or pass --overwrite")
+    if args.max_mb is not None and not args.max_mb > 0:
+        raise ConfigError(f"must be above 0, got {args.max_mb:g}", "--max-mb")
+    check_out(args.out, args.overwrite)
     split = args.data / "train"
     source = open_source("train", split if split.is_dir() else args.data, args.files)
     held_out_path = args.held_out or (args.data / "val" if (args.data / "val").is_dir() else None)
@@ -74,6 +86,5 @@ def run() -> None:
         print(f"bytes per token on {held_out_path}: {bytes_per_token(tokenizer, held_out):.3f}")
 
 
-main = entrypoint(run)
 if __name__ == "__main__":
     main()

@@ -5,12 +5,31 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
-from nanopoe.errors import CheckpointError, entrypoint
+from nanopoe.errors import CheckpointError, ConfigError, entrypoint
 
 EXAMPLES = """examples:
   python -m scripts.try_export out/quickstart-hf
   python -m scripts.try_export out/quickstart-hf --prompt "import os" --tokens 80 --temperature 0.8"""
+
+
+def load(repo: Path) -> tuple[Any, Any]:
+    """Tokenizer and model of an export, by transformers. CheckpointError if it cannot load them."""
+    if not (repo / "config.json").is_file():
+        raise CheckpointError("no export here", repo, "write one with scripts.export_hf")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:                                         # the code in the repo is ours, written there by scripts.export_hf
+        return (AutoTokenizer.from_pretrained(repo, trust_remote_code=True),
+                AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True))
+    except Exception as error:                   # what damaged files make transformers raise has no common base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"cannot be loaded ({reason[:200]})", repo,
+                              "write it again with scripts.export_hf") from error
 
 
 @entrypoint
@@ -23,22 +42,15 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    if not (args.repo / "config.json").is_file():
-        raise CheckpointError("no export here", args.repo, "write one with scripts.export_hf")
+    if args.tokens < 1 or not 0 <= args.temperature < float("inf"):
+        raise ConfigError("--tokens must be 1 or more, --temperature 0 or more", "command line")
+    tokenizer, model = load(args.repo)
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from rich.console import Console
     from rich.text import Text
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     console = Console(highlight=False)
-
-    # The code in the repo is our own modeling file, written there by scripts.export_hf.
-    tokenizer = AutoTokenizer.from_pretrained(args.repo, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(args.repo, trust_remote_code=True)
     views: dict[str, dict[str, int]] = {"full model": {}}
     if getattr(model.config, "poe_mode", "none") != "none":
         views["stage 0 alone"] = {"stage": 0}

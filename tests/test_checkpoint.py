@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ def drop_optimizer_rows(folder: Path) -> None:
     rewrite_manifest(folder, lambda m: m["optimizer"].pop("lm_head.weight::exp_avg"))
 
 
+def first_part(manifest: dict[str, Any]) -> dict[str, Any]:
+    part: dict[str, Any] = manifest["optimizer"]["lm_head.weight::exp_avg"][0]
+    return part
+
+
 def symlink(folder: Path) -> None:
     (folder / "state.json").rename(folder.parent / "elsewhere.json")
     (folder / "state.json").symlink_to(folder.parent / "elsewhere.json")
@@ -87,8 +93,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half a manifest": (lambda f: cut(f / "manifest.json", 200), "manifest.json"),
     "a manifest of lists": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json"),
     "a newer format": (lambda f: rewrite_manifest(f, lambda m: m.update(version=99)), "version 99"),
-    "a path outside": (lambda f: rewrite_manifest(f, lambda m: m["files"].update({"../x": {"bytes": 1}})), "outside"),
+    "a path outside": (lambda f: rewrite_manifest(
+        f, lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})), "outside"),
     "a link": (symlink, "outside"),
+    "a file of no size": (lambda f: rewrite_manifest(f, lambda m: m["files"][OPTIM].pop("bytes")), "bytes"),
+    "a tensor of no shape": (lambda f: rewrite_manifest(f, lambda m: m["tensors"]["lm_head.weight"].update(shape="x")),
+                             "shape is 'x'"),
+    "rows before the first": (lambda f: rewrite_manifest(f, lambda m: first_part(m).update(row0=-3)), "row0 is '-3'"),
+    "parts that are none": (lambda f: rewrite_manifest(f, lambda m: m["optimizer"].update(w=[None])), "malformed"),
+    "fingerprints in a list": (lambda f: rewrite_manifest(f, lambda m: m.update(fingerprints=[])), "fingerprints is"),
+    "another step's manifest": (lambda f: rewrite_manifest(f, lambda m: m.update(step=3)), "is of step 3"),
     "a missing tensor": (drop_tensor, "lm_head.weight"),
     "missing optimizer rows": (drop_optimizer_rows, "lm_head.weight::exp_avg"),
 }
@@ -136,6 +150,35 @@ def test_keep_last(data: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "a" / "checkpoints").iterdir()) == ["step_00000007", "step_00000008"]
 
 
+def test_the_step_a_run_went_on_from_is_kept(data: Path, tmp_path: Path) -> None:
+    """The command that names it must work again; a run that named none keeps the newest alone."""
+    for step, kept in ((None, [8]), (4, [4, 8])):
+        experiment = experiment_dict(data, tmp_path / str(step), **{"evaluation.every": None})
+        loop.train(experiment_from_dict(experiment, "test"), ALONE)
+        shutil.rmtree(folder_of(tmp_path / str(step), 8))
+        experiment |= {"checkpoint": {"every": 1, "keep_last": 1}, "resume": {"step": step}}
+        if step is None:
+            shutil.rmtree(tmp_path / str(step) / "checkpoints")
+        loop.train(experiment_from_dict(experiment, "test"), ALONE)
+        assert list_steps(tmp_path / str(step)) == kept
+
+
+def test_going_back_sets_later_checkpoints_aside(run: dict[str, Any]) -> None:
+    """At once: a crash before the next save must not resume what was left behind, whose metrics are gone."""
+    folder = folder_of(run["run_dir"], 4)
+    before = (folder / "manifest.json").read_bytes()
+    loop.train(experiment_from_dict(run, "test"), ALONE)                              # control: nothing to go back from
+    assert list_steps(run["run_dir"]) == [2, 4]
+    back = experiment_from_dict({**run, "resume": {"step": 2}}, "test")
+    built = loop.build_run(back, ALONE)
+    built.loader.close()
+    assert list_steps(run["run_dir"]) == [2] and built.set_aside == ["aside_1_step_00000004"]
+    assert loop.train(back, ALONE).step == 4
+    assert list_steps(run["run_dir"]) == [2, 4]
+    assert (folder.parent / "aside_1_step_00000004" / "manifest.json").read_bytes() == before       # nothing is lost
+    assert loop.train(back, ALONE).set_aside == ["aside_2_step_00000004"]
+
+
 def test_a_failed_save_leaves_what_was_there(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full at each of the writes in turn: a typed error, and every old checkpoint still opens."""
     import nanopoe.checkpoint.store as store
@@ -152,6 +195,7 @@ def test_a_failed_save_leaves_what_was_there(run: dict[str, Any], monkeypatch: p
             with pytest.raises(StorageError, match="No space left"):
                 save_checkpoint(run["run_dir"], experiment, ALONE, model, [], state, {}, None)
         assert open_checkpoint(run["run_dir"]).load_model_tensors().keys() != model.keys()
+        assert not list(folder_of(run["run_dir"], 4).parent.glob(".t*")), "a full disk must not stay full"
     save_checkpoint(run["run_dir"], experiment, ALONE, model, [], state, {}, None)                 # control
     assert open_checkpoint(run["run_dir"]).load_model_tensors().keys() == model.keys()
     assert not list(folder_of(run["run_dir"], 4).parent.glob(".t*"))

@@ -172,8 +172,11 @@ def test_memory_is_what_the_fullest_rank_holds(name: str, world_size: int) -> No
 
 
 def test_activations_follow_the_largest_stage() -> None:
+    shape = ("batch.device_batch_size=8", "model.sequence_len=512", "model.vocab_size=8192",
+             "batch.tokens_per_step=8192")
+
     def size(*overrides: str) -> int:
-        return activation_bytes(load_experiment(ROOT / "configs/small_poe.yaml", overrides))
+        return activation_bytes(load_experiment(ROOT / "configs/small_poe.yaml", (*shape, *overrides)))
 
     layers = ("model.poe_every=null",)
     assert size() < size(*layers, "model.poe_stage_layers=[5,1,1,1]") < size("model.poe_mode=hier")

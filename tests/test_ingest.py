@@ -100,6 +100,8 @@ def test_folder_of_everything(tmp_path):
         file.write(lines.encode())
     pq.write_table(pa.table({"text": ["from parquet"]}), tmp_path / "f.parquet")
     (tmp_path / "g.png").write_bytes(b"\x89PNG")
+    (tmp_path / ".venv" / "lib").mkdir(parents=True)
+    (tmp_path / ".venv" / "lib" / "not_mine.py").write_text("import os")
     texts = [d.text for d in folder_documents(tmp_path)]
     assert texts == ["plain", *["line 0", "line 1", "line 2"] * 3, "from parquet", "# mark"]
 

@@ -141,10 +141,12 @@ def test_masked_targets_do_not_count() -> None:
 def test_chunks_of_rows_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, targets = batch()
     whole, parts = lively(), lively()
-    a = backward_stages(whole, ids, targets, LOGOP, 1.0)
+    a = backward_stages(whole, ids, targets, LOGOP, 1.0, report_pool=True)
     monkeypatch.setattr("nanopoe.model.stages.CHUNK_ELEMENTS", 300 * 7)
-    b = backward_stages(parts, ids, targets, LOGOP, 1.0)
+    b = backward_stages(parts, ids, targets, LOGOP, 1.0, report_pool=True)
     torch.testing.assert_close(a.stages, b.stages)
+    torch.testing.assert_close(a.pool, b.pool)
+    assert not torch.allclose(b.pool, b.stages[0])                  # control: the pool is not a stage
     for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
         if p.requires_grad:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)

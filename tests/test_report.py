@@ -137,15 +137,17 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither"):
         load_run(tmp_path)
     folder = write_run(tmp_path / "run", 1)
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write("broken\n")
-    with pytest.raises(DataError, match="line 143 is not JSON"):
-        load_run(folder)
+    whole = (folder / "metrics.jsonl").read_text()
+    for line in ("broken", "3", "[]"):
+        (folder / "metrics.jsonl").write_text(f"{whole}{line}\n")
+        with pytest.raises(DataError, match="line 143 is not a JSON object"):
+            load_run(folder)
     other = write_run(tmp_path / "other", 1)
     (other / "evaluation").mkdir()
-    (other / "evaluation" / "step_00000001.json").write_text("{}")
-    with pytest.raises(DataError, match="not an evaluation"):
-        load_run(other)
+    for broken in ({}, {"bpb": {"full": 1.0}}, []):
+        (other / "evaluation" / "step_00000001.json").write_text(json.dumps(broken))
+        with pytest.raises(DataError, match="not an evaluation"):
+            load_run(other)
 
 
 def story(folder: Path, stages: int, evaluation: dict[str, Any], phases: bool = True) -> RunStory:
@@ -167,10 +169,12 @@ def test_curves_show_every_stage_the_pool_and_the_phases(tmp_path: Path, drawn: 
     plot_curves(story(tmp_path / "bp", 1, BP, phases=False), tmp_path / "out" / "bp.png")
     assert all(side > 800 for side in size_of_png(tmp_path / "out" / "curves.png"))
     poe, bp = drawn
-    assert [ax.get_title(loc="left") for ax in poe.axes][1:3] == ["Stages against their mean", "Validation"]
-    legend = [t.get_text() for t in poe.axes[0].get_legend().get_texts()]
-    assert legend == ["stage 0", "stage 1", "stage 2", "stage 3", "pool"]
-    stage, pool = (poe.axes[0].lines[i].get_xdata() for i in (1, 9))          # line 0 is the edge of the cycle
+    assert [ax.get_title(loc="left") for ax in poe.axes][1:3] == [
+        "Stages and pool against the stages' mean", "Validation"]
+    stages = ["stage 0", "stage 1", "stage 2", "stage 3"]
+    assert [t.get_text() for t in poe.axes[0].get_legend().get_texts()] == stages
+    assert [t.get_text() for t in poe.axes[1].get_legend().get_texts()] == [*stages, "pool"]
+    stage, pool = poe.axes[0].lines[1].get_xdata(), poe.axes[1].lines[5].get_xdata()      # line 0: edge of the cycle
     assert len(stage) == 139
     assert 7 not in stage
     assert list(pool) == list(range(1, 140, 10))                    # and the pool joined over steps without it
@@ -180,6 +184,8 @@ def test_curves_show_every_stage_the_pool_and_the_phases(tmp_path: Path, drawn: 
     assert poe.axes[0].get_xlabel() == ""
     assert poe.axes[-1].get_xlabel() == "step"
     assert [t.get_text() for t in bp.axes[0].get_legend().get_texts()] == ["loss"]
+    for ax in poe.axes[:3]:                           # a legend inside would cover a curve somewhere
+        assert ax.get_legend().get_window_extent().y0 >= ax.get_window_extent().y1
     assert len(bp.axes) == 3
     assert len(bp.axes[-1].patches) == 0
 

@@ -94,14 +94,18 @@ def test_continual_cycle_to_the_step() -> None:
     assert all(values(schedule, s) == values(base, s) for s in range(anchor))
 
 
+SHORT = Schedule([CycleConfig(steps=300, warmup_steps=10, warmdown_ratio=0.65, peak=1.0, final_frac=0.05,
+                              momentum_warmup_steps=50)])
+
+
 def test_phases() -> None:
-    schedule = schedule_of("small_poe")                        # 300 steps, 10 up, 195 down
+    schedule = SHORT
     runs = [(phase, len(list(steps))) for phase, steps in itertools.groupby(range(301), schedule.phase)]
     assert runs == [("warm-up", 10), ("hold", 96), ("warm-down", 195)]
 
 
 def test_steps_outside_of_the_run_are_refused() -> None:
-    schedule = schedule_of("small_poe")
+    schedule = SHORT
     for ask in (schedule.lr_scale, schedule.momentum, schedule.weight_decay_scale, schedule.cycle_at, schedule.phase):
         ask(0), ask(300)
         for step in (-1, 301):

@@ -15,8 +15,8 @@ from nanopoe.checkpoint import list_steps, open_checkpoint
 from nanopoe.checkpoint.store import folder_of
 from nanopoe.config import experiment_from_dict
 from nanopoe.dist import World
-from nanopoe.errors import CheckpointError, ConfigError, DataError, NumericsError
-from nanopoe.train import loop
+from nanopoe.errors import CheckpointError, ConfigError, DataError, NanopoeError, NumericsError
+from nanopoe.train import build, loop
 from tests.ranks import experiment_dict, run_ranks
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -55,7 +55,7 @@ def interrupted_at(whole: Path, step: int, to: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_resume_is_bitwise(data: Path, tmp_path: Path, size: int) -> None:
-    """From the start (1), mid-epoch with 2 micro-steps on 1 rank (3), the edge of a cycle (5), inside it (6), the end."""
+    """From the start (1), mid-epoch (3; 2 micro-steps on 1 rank), the edge of a cycle (5), inside it (6), the end."""
     whole = tmp_path / "whole"
     assert run_ranks(train, size, experiment_dict(data, whole)) == [8] * size
     final = digest(whole, 8)
@@ -96,7 +96,8 @@ def test_ranks_share_a_batch(data: Path, tmp_path: Path) -> None:
     assert losses[4] == pytest.approx(losses[1], rel=1e-5)
     interrupted_at(tmp_path / "4", 4, tmp_path / "moved")
     run_ranks(train, 2, experiment_dict(data, tmp_path / "moved", **small))
-    assert [m["loss"] for m in metrics(tmp_path / "moved") if m["kind"] == "train"] == pytest.approx(losses[1], rel=1e-5)
+    moved = [m["loss"] for m in metrics(tmp_path / "moved") if m["kind"] == "train"]
+    assert moved == pytest.approx(losses[1], rel=1e-5)
     run_ranks(train, 1, experiment_dict(data, tmp_path / "seed", seed=8, **small))
     assert [m["loss"] for m in metrics(tmp_path / "seed") if m["kind"] == "train"] != pytest.approx(losses[1], rel=1e-5)
 
@@ -150,7 +151,8 @@ def with_nan(world: World, experiment: dict[str, Any], bad_rank: int, where: str
 
 
 @pytest.mark.parametrize("size, bad_rank, where", [(1, 0, "gradient"), (2, 1, "gradient"), (2, 0, "loss")])
-def test_a_step_that_is_not_finite_is_not_taken(data: Path, tmp_path: Path, size: int, bad_rank: int, where: str) -> None:
+def test_a_step_that_is_not_finite_is_not_taken(data: Path, tmp_path: Path, size: int, bad_rank: int,
+                                                where: str) -> None:
     answers = run_ranks(with_nan, size, experiment_dict(data, tmp_path), bad_rank, where)
     assert len(set(answers)) == 1, "all ranks stop with one message"
     assert f"step 3, rank {bad_rank}" in answers[0]
@@ -171,16 +173,70 @@ def test_a_changed_experiment_is_refused(data: Path, tmp_path: Path) -> None:
     third = base["schedule"]["cycles"] + [{**base["schedule"]["cycles"][1], "steps": 2}]
     assert train(ALONE, experiment_dict(data, tmp_path, **{"schedule.cycles": third})) == 10    # cycles may be appended
     assert digest(tmp_path, 8) == final
+    with pytest.raises(CheckpointError, match=r"was trained with optim\.matrix_lr 0\.02, now 0\.03;"):
+        train(ALONE, experiment_dict(data, tmp_path, **{"optim.matrix_lr": 0.03, "schedule.cycles": third}))
     with pytest.raises(CheckpointError, match="no checkpoint of step 77"):
         train(ALONE, {**base, "resume": {"step": 77}})
+
+
+def test_what_changes_no_weights_may_change(data: Path, tmp_path: Path) -> None:
+    """Places, the validation split and the cut into micro-batches are free; other data at the new place is not."""
+    whole = experiment_dict(data, tmp_path / "whole")
+    train(ALONE, whole)
+    interrupted_at(tmp_path / "whole", 5, tmp_path / "moved")
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(data, moved)
+    changes = {"tokenizer": str(moved / "tokenizer"), "batch.device_batch_size": 2, "evaluation.tokens": 128,
+               "data.val": [{"name": "other", "path": str(moved / "val")}], "data.train.0.path": str(moved / "train")}
+    assert train(ALONE, experiment_dict(data, tmp_path / "moved", **changes)) == 8
+    losses = [[m["loss"] for m in metrics(tmp_path / name) if m["kind"] == "train"] for name in ("whole", "moved")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    interrupted_at(tmp_path / "whole", 5, tmp_path / "fewer")
+    (moved / "train" / "shard_00001.parquet").unlink()                               # control
+    with pytest.raises(DataError, match="sources"):
+        train(ALONE, experiment_dict(data, tmp_path / "fewer", **changes))
+
+
+def without_room(world: World, experiment: dict[str, Any]) -> str:
+    """What a rank is told when the first one cannot write the tokenizer into the run folder."""
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    build.keep_tokenizer = full
+    try:
+        train(world, experiment)
+    except NanopoeError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_full_disk_at_the_start_stops_all_ranks(data: Path, tmp_path: Path) -> None:
+    answers = run_ranks(without_room, 2, experiment_dict(data, tmp_path))
+    assert answers == ["error[storage] rank 0: [Errno 28] No space left on device"] * 2
+    assert run_ranks(train, 2, experiment_dict(data, tmp_path)) == [8, 8]                         # control
+
+
+def test_out_of_memory_names_the_knobs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_dry(*_: Any, **__: Any) -> None:
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr(loop, "train_step", run_dry)
+    with pytest.raises(ConfigError, match=r"batch\.device_batch_size=4, model\.sequence_len=32; try .*_size=2"):
+        train(ALONE, experiment_dict(data, tmp_path))
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: torch.ones(2) @ torch.ones(3))       # control: a bug
+    with pytest.raises(RuntimeError):
+        train(ALONE, experiment_dict(data, tmp_path))
 
 
 def test_what_does_not_fit_is_refused_before_training(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has 300 tokens, the model 310"):
         train(ALONE, experiment_dict(data, tmp_path / "a", **{"model.vocab_size": 310}))
+    three = World(0, 3, torch.device("cpu"))
     with pytest.raises(ConfigError, match="use 1, 2"):
-        run_dir = tmp_path / "b"
-        loop.build_run(experiment_from_dict(experiment_dict(data, run_dir), "test"), World(0, 3, torch.device("cpu")))
+        train(three, experiment_dict(data, tmp_path / "b"))
+    with pytest.raises(DataError, match="nowhere"):            # also when nothing is evaluated until the end
+        train(ALONE, experiment_dict(data, tmp_path / "d", **{"data.val.0.path": str(data / "nowhere")}))
+    assert not (tmp_path / "d" / "checkpoints").exists()
     with pytest.raises(DataError, match="lane"):
         train(ALONE, experiment_dict(data, tmp_path / "c", **{"data.lanes": 400}))
     assert not (tmp_path / "c" / "checkpoints").exists()

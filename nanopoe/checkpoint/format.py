@@ -75,6 +75,15 @@ def read_json(path: Path) -> Any:
     return value
 
 
+def fields(entry: Any, **kinds: type) -> dict[str, Any]:
+    """`entry` if it is an object with fields of these JSON types, integers not below 0; else ValueError."""
+    for name, kind in kinds.items():
+        value = entry[name]
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
+            raise ValueError(f"{name} is {str(value)[:40]!r}")
+    return dict(entry)
+
+
 class Manifest:
     """The manifest of one step folder; every file is checked against it before it is read."""
 
@@ -85,12 +94,13 @@ class Manifest:
             raise CheckpointError(f"format {self.value.get('format')!r} version {self.value.get('version')!r} is not "
                                   f"{FORMAT} version {VERSION}", folder / "manifest.json")
         try:
-            self.files: dict[str, dict[str, Any]] = dict(self.value["files"])
-            self.tensors: dict[str, dict[str, Any]] = dict(self.value["tensors"])
-            self.parts: dict[str, list[dict[str, Any]]] = dict(self.value["optimizer"])
-            self.step = int(self.value["step"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"malformed: {error!r}", folder / "manifest.json") from error
+            self.files = {name: fields(e, bytes=int, sha256=str) for name, e in self.value["files"].items()}
+            self.tensors = {name: fields(e, dtype=str, shape=list) for name, e in self.value["tensors"].items()}
+            self.parts = {key: [fields(part, file=str, row0=int, rows=int) for part in parts]
+                          for key, parts in self.value["optimizer"].items()}
+            self.step: int = fields(self.value, step=int, fingerprints=dict)["step"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"malformed: {error!r}", folder / "manifest.json", "use another step") from error
         self._verified: set[str] = set()
         self._check_sizes()
 
@@ -127,7 +137,8 @@ class Manifest:
         with safe_open(path, framework="pt") as f:
             if set(f.keys()) != set(self.tensors):
                 odd = sorted(set(f.keys()) ^ set(self.tensors))
-                raise CheckpointError(f"tensors do not match the manifest: {', '.join(odd[:5])}", path)
+                raise CheckpointError(f"tensors do not match the manifest: {', '.join(odd[:5])}", path,
+                                      "the file was replaced; use another step")
             for name in self.tensors:
                 loaded[name] = f.get_tensor(name).clone()
                 if list(loaded[name].shape) != self.tensors[name]["shape"]:

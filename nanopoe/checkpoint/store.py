@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,10 @@ def open_checkpoint(run_dir: str | Path, step: int | None = None) -> Checkpoint:
                               f"steps there: {', '.join(map(str, steps))}")
     chosen = steps[-1] if step is None else step
     try:
-        return Checkpoint(folder_of(run_dir, chosen))
+        checkpoint = Checkpoint(folder_of(run_dir, chosen))
+        if checkpoint.step != chosen:
+            raise CheckpointError(f"is of step {checkpoint.step}", checkpoint.path)
+        return checkpoint
     except CheckpointError as error:
         if error.do is None and chosen > steps[0]:
             error.do = "use another step"
@@ -86,14 +90,29 @@ def open_checkpoint(run_dir: str | Path, step: int | None = None) -> Checkpoint:
 
 def save_checkpoint(run_dir: str | Path, experiment: Experiment, world: World, model: Mapping[str, Tensor],
                     optimizer: Iterable[StatePart], state: dict[str, Any], fingerprints: dict[str, str],
-                    keep_last: int | None) -> Path:
+                    keep_last: int | None, source: int | None = None) -> Path:
     """Commit step state["step"]: all ranks write into a temporary folder, rank 0 the manifest last, then a rename.
 
-    Collective. Any rank's failure is raised on all, and what was there before stays. The same step saved again
-    replaces the old folder by way of a rename.
+    Collective. Any rank's failure is raised on all, and what was there before stays, and nothing else: a half-written
+    checkpoint would keep a full disk full. The same step saved again replaces the old folder by way of a rename.
+    `keep_last` and the step `source` that the run went on from: see `rotate`.
     """
     final = folder_of(run_dir, state["step"])
     temporary = final.parent / f".tmp-{final.name}"
+    try:
+        _save(final, temporary, experiment, world, model, optimizer, state, fingerprints)
+    except Exception:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    with dist.agree(world.device):
+        if world.is_main:
+            rotate(run_dir, keep_last, source)
+    return final
+
+
+def _save(final: Path, temporary: Path, experiment: Experiment, world: World, model: Mapping[str, Tensor],
+          optimizer: Iterable[StatePart], state: dict[str, Any], fingerprints: dict[str, str]) -> None:
     with dist.agree(world.device):
         if world.is_main:
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +127,6 @@ def save_checkpoint(run_dir: str | Path, experiment: Experiment, world: World, m
         if world.is_main:
             write_manifest(temporary, experiment, world, state, fingerprints, everyone)
             commit(temporary, final)
-            rotate(run_dir, keep_last)
-    return final
 
 
 def write_rank(folder: Path, world: World, model: Mapping[str, Tensor], optimizer: Iterable[StatePart],
@@ -157,11 +174,29 @@ def commit(temporary: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
-def rotate(run_dir: str | Path, keep_last: int | None) -> None:
-    """Remove all but the newest `keep_last` steps: rename first, so a half-removed folder is never found."""
+def set_aside_after(run_dir: str | Path, step: int) -> list[str]:
+    """Rename the checkpoints of steps > `step`, so that none of them is taken for the newest; their new names.
+
+    For a run that goes back: what it had learned later is another branch, kept until the user removes it.
+    """
+    names = []
+    for later in (s for s in list_steps(run_dir) if s > step):
+        folder = folder_of(run_dir, later)
+        free = (folder.with_name(f"aside_{n}_{folder.name}") for n in count(1))
+        names.append(folder.rename(next(path for path in free if not path.exists())).name)
+    if names:
+        fsync_path(Path(run_dir) / "checkpoints")
+    return names
+
+
+def rotate(run_dir: str | Path, keep_last: int | None, source: int | None = None) -> None:
+    """Remove all but the newest `keep_last` steps: rename first, so a half-removed folder is never found.
+
+    The step `source` stays: the command that named it (resume.step) must work again after a crash.
+    """
     if keep_last is None:
         return
-    for step in list_steps(run_dir)[:-keep_last]:
+    for step in (s for s in list_steps(run_dir)[:-keep_last] if s != source):
         folder = folder_of(run_dir, step)
         trash = folder.parent / f".trash-{folder.name}"
         folder.rename(trash)

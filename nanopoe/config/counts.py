@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from nanopoe.config.layout import SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
+from nanopoe.config.layout import CHUNK_ELEMENTS, SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
 from nanopoe.config.schema import Experiment, ModelConfig
 
 GROUPS = ("lm_head", "stage_heads", "wte", "value_embeds", "matrices", "scalars")
-HEAD_CHUNK_ELEMENTS = 1 << 24     # rows x vocabulary of one chunk of logits, as in nanopoe/model/stages.py
-HEAD_CHUNK_COPIES = 4             # fp32 in a chunk: raw, capped, log-probabilities, gradient
+HEAD_CHUNK_COPIES = 4     # fp32 in a chunk: raw, capped, log-probabilities, gradient
 FP32 = 4
 
 
@@ -154,7 +153,7 @@ def activation_bytes(exp: Experiment) -> int:
 
     Assumed: no recomputation; a fused attention that keeps no scores; per layer and token 5d (residual in, its norm,
     attention out, residual middle, its norm), q, k and v before and after rotation and norm, 2I of the MLP, in the
-    compute dtype; the gradient of the residual stream and x0; logits in chunks (HEAD_CHUNK_ELEMENTS). `flat` runs
+    compute dtype; the gradient of the residual stream and x0; logits in chunks (CHUNK_ELEMENTS). `flat` runs
     each stage's backward before the next forward and holds the largest stage only; `none` and `hier` hold all
     layers. residual_logop also keeps the fp32 pool of all rows. The compute dtype `auto` counts as 2 bytes, on
     `cpu` as 4.
@@ -168,6 +167,6 @@ def activation_bytes(exp: Experiment) -> int:
     per_token = depth * (5 * m.n_embd + 2 * qkv + 2 * layout.intermediate) + 2 * m.n_embd
     if m.poe_mode == "hier":
         per_token += layout.n_stages * m.n_embd                       # gradients that wait at the boundaries
-    head = min(rows * m.vocab_size, HEAD_CHUNK_ELEMENTS) * HEAD_CHUNK_COPIES * FP32
+    head = min(rows * m.vocab_size, CHUNK_ELEMENTS) * HEAD_CHUNK_COPIES * FP32
     pool = rows * m.vocab_size * FP32 if exp.objective.kind == "residual_logop" else 0
     return rows * per_token * size + head + pool

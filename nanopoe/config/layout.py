@@ -10,6 +10,7 @@ from nanopoe.config.schema import ModelConfig
 VOCAB_MULTIPLE = 64      # rows of wte and heads are padded to this; logits are cropped
 SMEAR_CHANNELS = 24      # channels of x that open the smear gate
 VE_GATE_CHANNELS = 12    # channels of norm(x) that open a value-embedding gate
+CHUNK_ELEMENTS = 1 << 24     # rows x vocabulary of one chunk of logits in training: 64 MiB in fp32
 
 
 @dataclass(frozen=True)

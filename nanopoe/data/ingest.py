@@ -106,13 +106,16 @@ def _pages_of(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
 
 
 def folder_documents(folder: Path, column: str = COLUMN) -> Iterator[Raw]:
-    """Every .txt .md .rst .py file as one document, every row of .jsonl[.gz|.zst] and .parquet; sorted by path."""
+    """Every .txt .md .rst .py file as one document, every row of .jsonl[.gz|.zst] and .parquet; sorted by path.
+
+    Files and folders whose name begins with a dot (.git, .venv) are left out.
+    """
     if not folder.is_dir():
         raise DataError("no such folder", folder, "name a folder of text, jsonl or parquet files")
     found = False
     for path in sorted(folder.rglob("*")):
         name = path.name.lower()
-        if not path.is_file() or name.startswith("."):
+        if not path.is_file() or any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         if name.endswith(TEXT_SUFFIXES):
             yield Raw(_read_text(path), str(path))

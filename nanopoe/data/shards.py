@@ -108,7 +108,10 @@ def open_source(name: str, folder: Path | str, files: str | None = None, *, weig
     folder, pattern = Path(folder), files or "*.parquet"
     if not folder.is_dir():
         raise DataError("no such folder", folder, "make it with scripts.prepare_data or correct the path")
-    paths = sorted(path for path in folder.glob(pattern) if path.is_file())
+    try:
+        paths = sorted(path for path in folder.glob(pattern) if path.is_file())
+    except (ValueError, NotImplementedError) as error:       # '**x', an absolute path
+        raise DataError(f"{pattern!r} is no pattern of file names", folder, "use one like shard_*.parquet") from error
     if not paths:
         raise DataError(f"no file matches {pattern}", folder, "make shards with scripts.prepare_data")
     return Source(name, [open_shard(path, column) for path in paths], weight, code, column)

@@ -25,7 +25,7 @@ from nanopoe.data.shards import COLUMN
 from nanopoe.errors import DataError, StorageError
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, SPLITS = "manifest.json", ("train", "val")
 SCHEMA = pa.schema([pa.field(COLUMN, pa.string(), nullable=False)])
 GROUP_ROWS, GROUP_TEXT = 1024, 16 << 20        # a row group ends at whichever comes first
 POOL_TEXT = 64 << 20                           # bytes of text shuffled together
@@ -73,7 +73,7 @@ def write_dataset(documents: Iterable[Raw], out: Path, source: dict[str, Any], o
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """DataError unless `out` is missing, empty, or a dataset that may be overwritten."""
+    """DataError unless `out` is missing, empty, or a dataset, with nothing beside it, that may be overwritten."""
     if out.exists() and not out.is_dir():
         raise DataError("is not a folder", out, "choose another --out")
     if not out.exists() or not any(out.iterdir()):
@@ -82,6 +82,10 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise DataError("is not empty", out, "choose another --out or pass --overwrite")
     if not (out / MANIFEST).is_file():
         raise DataError(f"has no {MANIFEST}, so it is no dataset and will not be deleted", out, "choose another --out")
+    others = sorted(path.name for path in out.iterdir() if path.name not in (MANIFEST, *SPLITS))
+    if others:
+        raise DataError(f"also holds {', '.join(others[:5])}, which would be lost", out,
+                        "move that elsewhere, or choose another --out")
 
 
 def cut_document(text: str, limit: int) -> Iterator[str]:
@@ -164,7 +168,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _write_splits(documents: Iterable[Raw], folder: Path, options: WriteOptions, progress: Progress) -> dict[str, Any]:
-    splits = {name: ShardWriter(folder / name, options.shard_bytes) for name in ("train", "val")}
+    splits = {name: ShardWriter(folder / name, options.shard_bytes) for name in SPLITS}
     for pool_number, pool in enumerate(_pools(_pieces(documents, options))):
         for i in permutation(key64(options.seed, "pool", pool_number), len(pool)):
             split, text, size = pool[i]

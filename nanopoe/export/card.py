@@ -131,5 +131,6 @@ def score_table(layout: Layout, evaluation: dict[str, Any] | None) -> str:
                  for k, (score, hit) in enumerate(zip(bpb.get(kind) or [], hits, strict=False))]
     lines = [f"| {label} | {score:.4f} | {'' if hit is None else f'{hit:.4f}'} |" for label, score, hit in rows]
     held_out = f"Held-out text, {evaluation['tokens']:,} tokens. " if evaluation.get("tokens") else ""
-    return "\n".join(["", "## Evaluation", "", held_out + "Bits per byte: lower is better.", "",
+    note = held_out + "Weights and arithmetic in float32. Bits per byte: lower is better."
+    return "\n".join(["", "## Evaluation", "", note, "",
                       "| prediction of | bits per byte | top-1 accuracy |", "| --- | --- | --- |", *lines, ""])

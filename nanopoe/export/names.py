@@ -1,4 +1,4 @@
-"""Our tensor names <-> those of the Hugging Face repo, one to one, with the shape each must have (SPEC 1, 10).
+"""Our tensor names <-> those of the Hugging Face repo, one to one, and the shapes there (SPEC 1, 10).
 
 Block i is layer i + 1 there: layer 0 is the parameter-free lookup of the previous token. The rows that pad the
 vocabulary are cropped, so a head is exactly (vocab_size, width).
@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from nanopoe.config.layout import SMEAR_CHANNELS, VE_GATE_CHANNELS, layout_of
+from nanopoe.config.counts import parameter_shapes
+from nanopoe.config.layout import layout_of
 from nanopoe.config.schema import ModelConfig
 from nanopoe.errors import CheckpointError
 
@@ -38,29 +39,6 @@ def hub_names(m: ModelConfig) -> dict[str, str]:
     return names
 
 
-def shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our name -> shape in a checkpoint (vocabulary padded)."""
-    layout, d, kv = layout_of(m), m.n_embd, m.n_kv_head * layout_of(m).head_dim
-    matrix = {"c_q": (d, d), "c_k": (kv, d), "c_v": (kv, d), "ve_gate": (m.n_kv_head, VE_GATE_CHANNELS),
-              "c_fc": (layout.intermediate, d)}
-    fixed = {"smear_gate.weight": (1, SMEAR_CHANNELS), "smear_lambda": (1,), "backout_lambda": (1,),
-             "resid_lambdas": (m.n_layer,), "x0_lambdas": (m.n_layer,)}
-    found: dict[str, tuple[int, ...]] = {}
-    for name in hub_names(m):
-        kind = name.split(".")[-2] if "." in name else name
-        if name in fixed:
-            found[name] = fixed[name]
-        elif name.startswith("value_embeds."):
-            found[name] = (layout.padded_vocab, kv)
-        elif kind == "c_proj":
-            found[name] = (d, d) if ".attn." in name else (d, layout.intermediate)
-        elif kind in matrix:
-            found[name] = matrix[kind]
-        else:
-            found[name] = (layout.padded_vocab, d)            # wte and heads
-    return found
-
-
 def has_vocab_rows(name: str) -> bool:
     """True for the tensors whose rows are tokens."""
     return name.startswith(("transformer.wte.", "value_embeds.", "lm_head"))
@@ -68,7 +46,7 @@ def has_vocab_rows(name: str) -> bool:
 
 def check_tensors(m: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """CheckpointError unless `tensors` are exactly those of the model, in shape, and finite."""
-    expected = shapes(m)
+    expected = parameter_shapes(m)
     missing, foreign = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or foreign:
         raise CheckpointError(f"{len(missing)} tensors missing {missing[:3]}, {len(foreign)} unknown {foreign[:3]}",
@@ -83,7 +61,7 @@ def check_tensors(m: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
 
 def hub_shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Repo name -> shape in the repo (vocabulary cropped), in the order `to_hub` yields."""
-    ours = shapes(m)
+    ours = parameter_shapes(m)
     return {theirs: (m.vocab_size, *ours[name][1:]) if has_vocab_rows(name) else ours[name]
             for name, theirs in hub_names(m).items()}
 
@@ -99,8 +77,8 @@ def to_hub(m: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) ->
 
 def from_hub(m: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse: repo names -> ours. The rows that pad the vocabulary, which no token reads, come back as zeros."""
-    full = {}
-    for (ours, theirs), shape in zip(hub_names(m).items(), shapes(m).values(), strict=True):
-        full[ours] = torch.zeros(shape, dtype=tensors[theirs].dtype)
+    full, shapes = {}, parameter_shapes(m)
+    for ours, theirs in hub_names(m).items():
+        full[ours] = torch.zeros(shapes[ours], dtype=tensors[theirs].dtype)
         full[ours][: len(tensors[theirs])] = tensors[theirs]
     return full

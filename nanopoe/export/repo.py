@@ -44,7 +44,7 @@ def export(m: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, 
     StorageError when the disk refuses.
     """
     out = Path(os.path.abspath(out_dir))
-    _check_target(out, overwrite)
+    _check_target(out, out_dir, overwrite)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}", "export", f"use one of {', '.join(DTYPES)}")
     if tokenizer.vocab_size != m.vocab_size:
@@ -72,7 +72,7 @@ def export(m: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, 
         _write_weights(partial, to_hub(m, tensors, DTYPES[dtype]), shards)
         _publish(partial, out)
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"cannot write the export: {getattr(error, 'strerror', None) or error}", out.name,
+        raise StorageError(f"cannot write the export: {getattr(error, 'strerror', None) or error}", out_dir,
                            "free space or choose another --out") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -121,15 +121,15 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
-    """Refuse a folder in use; with `overwrite`, anything that is not an export of ours."""
+def _check_target(out: Path, given: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuse a folder in use, `given` by the user so; with `overwrite`, anything that is not an export of ours."""
     if out.is_dir() and not out.is_symlink():
         if not any(out.iterdir()) or (overwrite and _is_export(out)):
             return
         do = "choose a folder that is new or empty" if overwrite else "choose another folder or pass --overwrite"
-        raise ConfigError("is not empty" + (" and not an earlier export" if overwrite else ""), out.name, do)
+        raise ConfigError("is not empty" + (" and not an earlier export" if overwrite else ""), given, do)
     if os.path.lexists(out):
-        raise ConfigError("exists and is not a folder", out.name, "choose another one")
+        raise ConfigError("exists and is not a folder", given, "choose another one")
 
 
 def _is_export(folder: Path) -> bool:

@@ -47,5 +47,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
     if queries == keys and window >= keys - 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    mask = window_mask(queries, keys, window, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    if gqa:          # with a mask CUDA's fused kernels take no grouped queries, and the plain one holds (B, H, T, T)
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(queries, keys, window, q.device))

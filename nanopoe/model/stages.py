@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanopoe.config.layout import layout_of
+from nanopoe.config.layout import CHUNK_ELEMENTS, layout_of
 from nanopoe.config.schema import ModelConfig, ObjectiveConfig
 from nanopoe.model.gpt import GPT, capped_logits, norm
 from nanopoe.model.loss import IGNORE, nats, stage_loss
-
-CHUNK_ELEMENTS = 1 << 24     # logits of one chunk of rows: 64 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,11 @@ def backward_stages(model: GPT, ids: Tensor, targets: Tensor, objective: Objecti
         torch.autograd.backward(boundaries, gradients)
     assert x0.grad is not None
     embedded.backward(x0.grad)
-    pool_nats = nats(pool / K, targets.reshape(-1)) if report_pool and pool is not None else None
+    pool_nats = None
+    if report_pool and pool is not None:
+        rows = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
+        parts = zip(pool.split(rows), targets.reshape(-1).split(rows), strict=True)
+        pool_nats = torch.stack([nats(log_p / K, y) for log_p, y in parts]).sum()
     return MicroLosses(torch.stack(totals).sum(), torch.stack(plain), pool_nats, int((targets != IGNORE).sum()))
 
 

@@ -90,8 +90,6 @@ def _losses(ax: Axes, run: RunStory) -> None:
         curves: list[tuple[str, str, list[float | None]]] = [
             (f"stage {k}", COLOURS[k % len(COLOURS)], [_at(line.get("stage_loss"), k) for line in run.train])
             for k in range(run.n_stages)]
-        pool = [line.get("pool_loss") for line in run.train]
-        curves += [("pool", POOL, pool)] if any(v is not None for v in pool) else []
     else:
         curves = [("loss", POOL, [line.get("loss") for line in run.train])]
     shown: list[float] = []
@@ -104,25 +102,31 @@ def _losses(ax: Axes, run: RunStory) -> None:
     ax.set(title=f"{run.name}: training loss", ylabel="nats per token")
     _fit(ax, shown)
     if steps:
-        ax.legend(loc="upper right", ncols=min(len(curves), 5), fontsize=9)
+        _legend_above(ax)
 
 
 def _against_mean(ax: Axes, run: RunStory) -> None:
-    """Loss of every stage minus the mean of the stages at that step, smoothed: what tells the experts apart.
+    """Loss of every stage, and of the pool where it was looked at, minus the stages' mean in the same step, smoothed.
 
-    Against the mean and not the pool, whose training loss may be that of fewer tokens and would add their noise.
+    What tells the experts apart; the pool lies below the mean by their diversity.
     """
     lines = [line for line in run.train if None not in (line.get("stage_loss") or [None])]
-    steps = [line["step"] for line in lines]
+    means = [sum(line["stage_loss"]) / len(line["stage_loss"]) for line in lines]
+    curves = [(f"stage {k}", COLOURS[k % len(COLOURS)], [line["stage_loss"][k] for line in lines])
+              for k in range(run.n_stages)]
+    curves.append(("pool", POOL, [line.get("pool_loss") for line in lines]))
     late: list[float] = []
-    for k in range(run.n_stages):
-        excess = [line["stage_loss"][k] - sum(line["stage_loss"]) / len(line["stage_loss"]) for line in lines]
-        smooth = smoothed(excess, _reach(run, len(excess)))
-        ax.plot(steps, smooth, color=COLOURS[k % len(COLOURS)], linewidth=1.6)
+    for name, colour, losses in curves:
+        excess = [None if v is None else v - mean for v, mean in zip(losses, means, strict=True)]
+        at, known = _known([line["step"] for line in lines], excess)
+        smooth = smoothed(known, _reach(run, len(known)))
+        ax.plot(at, smooth, color=colour, linewidth=2.2 if name == "pool" else 1.6, label=name)
         late += smooth[len(smooth) // 20:]
     ax.axhline(0, color="#666666", linewidth=1)
-    ax.set(title="Stages against their mean", ylabel="nats above the mean")
+    ax.set(title="Stages and pool against the stages' mean", ylabel="nats above the mean")
     _fit(ax, [0.0, *late])
+    if lines:
+        _legend_above(ax)
 
 
 def _evaluations(ax: Axes, run: RunStory) -> None:
@@ -136,7 +140,7 @@ def _evaluations(ax: Axes, run: RunStory) -> None:
     if values:
         ax.plot(steps, values, marker="D", markersize=4.5, color=POOL, linewidth=2,
                 label=f"full, {values[-1]:.4f} at the end")
-        ax.legend(loc="best", ncols=5, fontsize=9)
+        _legend_above(ax)
     ax.set(title="Validation", ylabel="bits per byte")
 
 
@@ -194,6 +198,11 @@ def _depths(ax: Axes, run: RunStory, colour: str) -> None:
 def _reach(run: RunStory, count: int) -> int:
     """Half-width of the smoothing window in values, for `count` of them: the same number of steps for every curve."""
     return round(max(2, len(run.train) // 60) * count / max(len(run.train), 1))
+
+
+def _legend_above(ax: Axes) -> None:
+    """Beside the title, where it covers no curve."""
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=5, fontsize=9, frameon=False)
 
 
 def _fit(ax: Axes, values: Sequence[float]) -> None:

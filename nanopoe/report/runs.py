@@ -72,9 +72,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not text.endswith(b"\n"):
             continue
         try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            raise DataError(f"line {number} is not JSON", path, "restore or delete that line") from error
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict):
+            raise DataError(f"line {number} is not a JSON object", path, "restore or delete that line")
+        lines.append(line)
     return lines
 
 
@@ -82,7 +85,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """One saved evaluation."""
     try:
         result = json.loads(path.read_bytes())
-        result["bpb"]["full"]
+        result["bpb"]["full"], result["accuracy"]["full"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError("not an evaluation of nanopoe", path, "run scripts.evaluate again") from error
     return result

@@ -32,7 +32,7 @@ def summary_rows(result: Mapping[str, Any]) -> Rows:
     """What else an evaluation says, as (name, value)."""
     rows = []
     if result.get("crossover_gap") is not None:
-        rows.append(["crossover gap (full - last stage)", f"{_signed(result['crossover_gap'])} bits per byte"])
+        rows.append(["crossover gap", f"{_signed(result['crossover_gap'])} bits per byte (full - last stage)"])
     if result.get("diversity") is not None:
         d = result["diversity"]
         rows.append(["diversity of the stages",

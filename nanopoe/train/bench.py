@@ -46,8 +46,9 @@ def bench_step(experiment: Experiment, world: World, steps: int = 5) -> dict[str
     seconds = statistics.median(whole)
     rate = plan.tokens_per_step / seconds
     return {
-        "experiment": experiment.name, "device": f"{world.device} {compute.device_name}", "dtype": str(compute.dtype)[6:],
-        "compute": compute.reason, "tokens_per_step": plan.tokens_per_step, "seconds": seconds,
+        "experiment": experiment.name, "device": f"{world.device} {compute.device_name}",
+        "dtype": str(compute.dtype)[6:], "compute": compute.reason,
+        "tokens_per_step": plan.tokens_per_step, "seconds": seconds,
         "backward": statistics.median(backward), "optimizer": statistics.median(update),
         "spread": (max(whole) - min(whole)) / seconds, "tokens_per_s": rate,
         "flops_per_s": rate * flops_per_token(experiment.model), "matmul_peak": peak,

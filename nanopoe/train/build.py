@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanopoe import dist
 from nanopoe.checkpoint import Checkpoint, list_steps, open_checkpoint
-from nanopoe.config import Experiment, Plan, config_hash, make_plan
+from nanopoe.checkpoint.store import set_aside_after
+from nanopoe.config import Experiment, Plan, dump_experiment, make_plan
 from nanopoe.config.counts import scaling_parameters
+from nanopoe.config.load import NOT_LEARNED
 from nanopoe.data.loader import Loader, open_sources, train_loader
 from nanopoe.data.validation import EvalBatches, eval_batches
 from nanopoe.dist import World
@@ -21,12 +26,18 @@ from nanopoe.model import GPT
 from nanopoe.optim import DistMuonAdamW, build_groups
 from nanopoe.schedule import Schedule
 from nanopoe.tokenizer import Tokenizer
-from nanopoe.train.compute import Compute, choose_compute
+from nanopoe.train.compute import Compute, choose_compute, out_of_memory
+
+# What may change when a run goes on, beside NOT_LEARNED: places (their contents are compared by digest), the
+# validation split, how a step is cut into micro-batches, and the schedule, for which check_resume has its own rule.
+FREE = re.compile(rf"({'|'.join(NOT_LEARNED)}|schedule|data\.val)(\..*)?|tokenizer|batch\.device_batch_size|"
+                  r"data\.train\.\d+\.(path|files)")
 
 
 @dataclass
 class Run:
-    """What the loop works with. `step` counts completed updates."""
+    """What the loop works with. `step` counts completed updates; `set_aside` names the checkpoints a run left behind
+    when it went back to an older step."""
 
     experiment: Experiment
     world: World
@@ -38,7 +49,8 @@ class Run:
     optimizer: DistMuonAdamW
     loader: Loader
     step: int
-    resumed_from: Path | None
+    resumed_from: Checkpoint | None
+    set_aside: list[str]
 
     @property
     def folder(self) -> Path:
@@ -57,8 +69,9 @@ def build_run(experiment: Experiment, world: World) -> Run:
         checkpoint = find_checkpoint(experiment)
         if checkpoint is not None:
             check_resume(experiment, checkpoint, tokenizer)
+        open_sources(experiment.data.val)                        # a wrong path must not wait for an evaluation
         compute = choose_compute(experiment.runtime, world, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
-    with dist.agree(world.device):
+    with dist.agree(world.device), out_of_memory(experiment, world.device):
         model = build_model(experiment, world, compute, checkpoint)
         optimizer = build_optimizer(experiment, model, world, compute)
         step, position = 0, None
@@ -67,10 +80,13 @@ def build_run(experiment: Experiment, world: World) -> Run:
             optimizer.load_state(checkpoint.optimizer_rows, checkpoint.state["optimizer_steps"])
         loader = train_loader(experiment.data, tokenizer, plan, seed=experiment.seed, rank=world.rank,
                               start_step=step, position=position, threads=torch.get_num_threads())
-    if world.is_main:
-        keep_tokenizer(Path(experiment.tokenizer), Path(experiment.out))
+    set_aside: list[str] = []
+    with dist.agree(world.device):
+        if world.is_main:
+            keep_tokenizer(Path(experiment.tokenizer), Path(experiment.out))
+            set_aside = set_aside_after(experiment.out, step)
     return Run(experiment, world, plan, Schedule(experiment.schedule.cycles), compute, tokenizer, model, optimizer,
-               loader, step, None if checkpoint is None else checkpoint.path)
+               loader, step, checkpoint, set_aside)
 
 
 def load_tokenizer(experiment: Experiment) -> Tokenizer:
@@ -103,12 +119,25 @@ def check_resume(experiment: Experiment, checkpoint: Checkpoint, tokenizer: Toke
     if len(new) > len(old) and checkpoint.step != ended:
         raise CheckpointError(f"cycles were appended, but this is step {checkpoint.step} of {ended}", where,
                               "finish the cycles before, then append")
-    if config_hash(saved.model_copy(update={"schedule": experiment.schedule})) != config_hash(experiment):
-        raise CheckpointError(f"was trained with another config ({config_hash(saved)}, now {config_hash(experiment)})",
-                              where, "use the saved config.json's values, or another run_dir for a new run")
+    then, now = (dict(leaves(dump_experiment(e))) for e in (saved, experiment))
+    changed = [f"{key} {then.get(key)}, now {now.get(key)}" for key in {**then, **now}
+               if then.get(key) != now.get(key) and not FREE.fullmatch(key)]
+    if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise CheckpointError(f"was trained with {'; '.join(changed[:4])}{more}", where,
+                              "use the saved config.json's values, or another run_dir for a new run")
     digest = checkpoint.manifest.value.get("fingerprints", {}).get("tokenizer")
     if digest != tokenizer.digest:
         raise CheckpointError("was trained with another tokenizer", where, f"its sha256 begins with {str(digest)[:12]}")
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The plain values in nested dicts and lists, by dotted path."""
+    if not isinstance(value, dict | list):
+        yield path, value
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from leaves(item, f"{path}.{key}" if path else str(key))
 
 
 def build_model(experiment: Experiment, world: World, compute: Compute, checkpoint: Checkpoint | None) -> GPT:

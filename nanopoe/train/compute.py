@@ -6,17 +6,20 @@ import ctypes
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nanopoe.config.schema import RuntimeConfig
+from nanopoe.config.schema import Experiment, RuntimeConfig
 from nanopoe.dist import World
 from nanopoe.errors import ConfigError
 
 # Dense bf16 FLOP/s of data sheets, by a part of the device's name; what is not listed is measured.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "B200": 2250e12}
+PEAK_S = 0.3             # seconds that a matmul peak is looked for
 EXACT = 2e-6             # relative error up to which an fp32 matmul backend counts as fp32
 
 
@@ -32,7 +35,8 @@ def choose_compute(runtime: RuntimeConfig, world: World, ranks_here: int) -> Com
     """Set up this process and say what was chosen. ConfigError for a dtype the device does not compute in."""
     if world.device.type == "cuda":
         return _choose_cuda(runtime, world.device)
-    threads = runtime.threads or max(1, (os.cpu_count() or 1) // ranks_here)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = runtime.threads or max(1, cores // ranks_here)
     torch.set_num_threads(threads)
     keep_freed_memory()
     dtype = torch.bfloat16 if runtime.compute_dtype == "bfloat16" else torch.float32
@@ -80,16 +84,21 @@ def choose_fp32_matmul() -> str:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of five square matmuls, of 1024 on a CPU and 8192 on a GPU."""
+    """FLOP/s of the best square matmul in PEAK_S seconds, of 1024 on a CPU and 8192 on a GPU, after one to warm up."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):                                     # the first is the warm-up
+
+    def seconds() -> float:
         start = time.perf_counter()
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    seconds()
+    best, end = seconds(), time.perf_counter() + PEAK_S
+    while time.perf_counter() < end:
+        best = min(best, seconds())
     return 2 * n**3 / best
 
 
@@ -103,6 +112,21 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3            # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, 1 << 30)
         mallopt(mmap_threshold, 1 << 30)
+
+
+@contextmanager
+def out_of_memory(experiment: Experiment, device: torch.device) -> Iterator[None]:
+    """What does not fit into memory in this block is a ConfigError that names the knobs and their values."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:           # a GPU has its own class, a CPU tells by the text
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        rows, length = experiment.batch.device_batch_size, experiment.model.sequence_len
+        do = f"try batch.device_batch_size={rows // 2}: only rounding depends on it" if rows % 2 == 0 else \
+            "lower batch.device_batch_size" if rows > 1 else "use a shorter sequence, a smaller model or more memory"
+        raise ConfigError(f"out of memory at a peak of {memory_bytes(device) / 2**30:.1f} GiB with "
+                          f"batch.device_batch_size={rows}, model.sequence_len={length}", str(device), do) from error
 
 
 def memory_bytes(device: torch.device) -> int:

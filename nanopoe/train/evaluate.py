@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanopoe import dist
 from nanopoe.config import config_hash
-from nanopoe.errors import DataError, NumericsError
+from nanopoe.errors import DataError, NumericsError, everywhere
 from nanopoe.infer.engine import Engine
 from nanopoe.model import GPT
 from nanopoe.model.pool import View
@@ -62,8 +62,8 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
     device = next(model.parameters()).device
     sizes = torch.as_tensor(token_bytes, dtype=torch.int64).to(device)
     if sizes.numel() != model.config.vocab_size:
-        raise DataError(f"the tokenizer has {sizes.numel()} tokens and the model {model.config.vocab_size}",
-                        "evaluation", "use the tokenizer the model was trained with")
+        raise everywhere(DataError(f"the tokenizer has {sizes.numel()} tokens and the model {model.config.vocab_size}",
+                                   "evaluation", "use the tokenizer the model was trained with"))
     sums = _zero_sums(model.layout.n_stages, len(alphas), device)
     for rows in batches:
         ids = rows.to(device, torch.int64)
@@ -129,9 +129,10 @@ def _result(sums: dict[str, Tensor], model: GPT, alphas: Sequence[float], second
     """The reduced sums as the documented dict."""
     s = {name: value.tolist() for name, value in sums.items()}
     if not s["bytes"][0]:
-        raise DataError("no target with bytes to evaluate on", "validation split", "give it more text")
+        raise everywhere(DataError("no target with bytes to evaluate on", "validation split", "give it more text"))
     if not all(math.isfinite(v) for values in s.values() for v in values):
-        raise NumericsError("the model's loss is not finite", "evaluation", "go back to an earlier checkpoint")
+        raise everywhere(NumericsError("the model's loss is not finite", "evaluation",
+                                       "go back to an earlier checkpoint"))
     per_byte = 1 / (math.log(2) * s["bytes"][0])
     targets = s["targets"][0]
     poe = model.config.poe_mode != "none"

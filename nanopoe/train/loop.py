@@ -12,7 +12,7 @@ from nanopoe.config.counts import count_parameters, flops_per_token
 from nanopoe.data.loader import merge_positions
 from nanopoe.dist import World
 from nanopoe.train.build import Run, build_run, validation
-from nanopoe.train.compute import memory_bytes
+from nanopoe.train.compute import memory_bytes, out_of_memory
 from nanopoe.train.evaluate import evaluate
 from nanopoe.train.step import Losses, train_step
 from nanopoe.train.watch import Header, Watch
@@ -24,9 +24,10 @@ def train(experiment: Experiment, world: World) -> Run:
     Collective. A run that is already finished says so and changes nothing.
     """
     run = build_run(experiment, world)
-    with run.loader, watch_of(run) as watch:
+    with run.loader, watch_of(run) as watch, out_of_memory(experiment, world.device):
         if run.resumed_from is not None:
-            watch.event("resumed", checkpoint=str(run.resumed_from), lr_scale=run.schedule.lr_scale(run.step))
+            watch.event("resumed", checkpoint=str(run.resumed_from.path), lr_scale=run.schedule.lr_scale(run.step),
+                        set_aside=run.set_aside or None)
             evaluate_if_due(run, watch)                          # the run may have died before it
         if run.step == run.plan.total_steps:
             watch.event("nothing to do", step=run.step)
@@ -85,12 +86,16 @@ def save(run: Run, position: dict[str, Any], watch: Watch) -> None:
              "position": merge_positions(dist.gather_json(position, run.world.device))}
     fingerprints = {"config": config_hash(run.experiment), "tokenizer": run.tokenizer.digest}
     path = save_checkpoint(run.folder, run.experiment, run.world, dict(run.model.named_parameters()),
-                           run.optimizer.state_parts(), state, fingerprints, run.experiment.checkpoint.keep_last)
+                           run.optimizer.state_parts(), state, fingerprints, run.experiment.checkpoint.keep_last,
+                           None if run.resumed_from is None else run.resumed_from.step)
     watch.event("checkpoint", path=str(path), seconds=round(time.perf_counter() - start, 2))
 
 
 def evaluate_if_due(run: Run, watch: Watch) -> None:
-    """Bits per byte and accuracy of every view on evaluation.tokens of the validation split, once a step. Collective."""
+    """Bits per byte and accuracy of every view on evaluation.tokens of the validation split, once a step.
+
+    Collective.
+    """
     every = run.experiment.evaluation.every
     if not due(run.step, every, run.plan.total_steps) or run.step in watch.evaluated:
         return

@@ -11,7 +11,7 @@ from torch import Tensor
 from nanopoe import dist
 from nanopoe.config import ObjectiveConfig, Plan
 from nanopoe.dist import World
-from nanopoe.errors import NumericsError
+from nanopoe.errors import NumericsError, everywhere
 from nanopoe.model import GPT
 from nanopoe.model.stages import backward_stages
 from nanopoe.optim import DistMuonAdamW
@@ -53,21 +53,22 @@ def train_step(model: GPT, optimizer: DistMuonAdamW, rows: Tensor, step: int, ob
     flat = dist.all_reduce_sum_(torch.cat([sums, squared_norm.view(1), flags]))
     if not bool(flat.isfinite().all()):
         _stop(model, optimizer, world, step, flat[K + 4:])
-    losses = _losses(flat.tolist(), K, report_pool)
     # Losses were divided by the tokens of a full step; masked targets make the real number smaller.
-    grad_scale = plan.tokens_per_step / losses.targets if losses.targets else 1.0
+    targets = int(flat[K + 2])
+    grad_scale = plan.tokens_per_step / targets if targets else 1.0
+    losses = _losses(flat.tolist(), K, report_pool, grad_scale)
     optimizer.update(schedule.lr_scale(step), schedule.momentum(step), schedule.weight_decay_scale(step), grad_scale)
     return losses
 
 
-def _losses(sums: list[float], K: int, pool: bool) -> Losses:
+def _losses(sums: list[float], K: int, pool: bool, grad_scale: float) -> Losses:
     targets = max(sums[K + 2], 1.0)
     return Losses(
         loss=sums[0] / targets,
         stage_loss=[nats / targets for nats in sums[1:K + 1]],
         pool_loss=sums[K + 1] / targets if pool and K > 1 else None,
         targets=int(sums[K + 2]),
-        grad_norm=sums[K + 3] ** 0.5,
+        grad_norm=sums[K + 3] ** 0.5 * grad_scale,
     )
 
 
@@ -81,5 +82,5 @@ def _stop(model: GPT, optimizer: DistMuonAdamW, world: World, step: int, flags: 
     what = f"loss or gradient is not finite in step {step + 1}, rank {', '.join(map(str, ranks)) or '?'}"
     if names:
         what += f", first in {', '.join(names)}"
-    raise NumericsError(what, do="weights are as before the step: resume from the last checkpoint with a lower "
-                                 "learning rate or other data")
+    raise everywhere(NumericsError(what, do="weights are as before the step: resume from the last checkpoint with a "
+                                            "lower learning rate or other data"))
