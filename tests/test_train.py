@@ -212,7 +212,7 @@ def without_room(world: World, experiment: dict[str, Any]) -> str:
 
 def test_a_full_disk_at_the_start_stops_all_ranks(data: Path, tmp_path: Path) -> None:
     answers = run_ranks(without_room, 2, experiment_dict(data, tmp_path))
-    assert answers == ["error[storage] rank 0: [Errno 28] No space left on device"] * 2
+    assert answers == ["error[storage] rank 0: No space left on device; free some space or check the rights"] * 2
     assert run_ranks(train, 2, experiment_dict(data, tmp_path)) == [8, 8]                         # control
 
 
