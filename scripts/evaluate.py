@@ -33,9 +33,10 @@ def main() -> None:
 
     from rich.console import Console
 
+    from nanopoe.checkpoint.evaluation import save_evaluation
     from nanopoe.dist import agree, world
     from nanopoe.report.tables import evaluation_markdown, evaluation_table
-    from nanopoe.train.evaluate import evaluate_checkpoint, save_evaluation
+    from nanopoe.train.evaluate import evaluate_checkpoint
 
     with world(args.device) as here:
         result = evaluate_checkpoint(args.run, args.step, args.tokens, here)

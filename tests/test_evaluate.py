@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from nanopoe.checkpoint.evaluation import save_evaluation
 from nanopoe.dist import World
 from nanopoe.errors import DataError, NumericsError
 from nanopoe.infer.engine import Engine
 from nanopoe.model import GPT
 from nanopoe.model.pool import View, aggregate, diversity
 from nanopoe.tokenizer import Tokenizer
-from nanopoe.train.evaluate import PROBES, evaluate, probes, save_evaluation
+from nanopoe.train.evaluate import PROBES, evaluate, probes
 from tests.ranks import model_config, run_ranks
 from tests.test_engine import live_model, three_stages
 

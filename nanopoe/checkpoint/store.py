@@ -20,6 +20,7 @@ from nanopoe.config import Experiment, dump_experiment, experiment_from_dict
 from nanopoe.dist import World
 from nanopoe.errors import CheckpointError
 from nanopoe.optim.dist_muon_adamw import StatePart
+from nanopoe.tokenizer import Tokenizer
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
@@ -86,6 +87,17 @@ def open_checkpoint(run_dir: str | Path, step: int | None = None) -> Checkpoint:
             do = f"{error.do}; the one before is step {before[-1]}"
             raise CheckpointError(error.what, error.where, do) from error
         raise
+
+
+def open_tokenizer(run_dir: str | Path, checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer kept in the run folder; CheckpointError if it is not the one the checkpoint was trained with."""
+    folder = Path(run_dir) / "tokenizer"
+    tokenizer = Tokenizer.load(folder)
+    digest = checkpoint.manifest.value["fingerprints"].get("tokenizer")
+    if digest != tokenizer.digest:
+        raise CheckpointError("was trained with another tokenizer", checkpoint.path,
+                              f"put the one whose sha256 begins with {str(digest)[:12]} in {folder}")
+    return tokenizer
 
 
 def save_checkpoint(run_dir: str | Path, experiment: Experiment, world: World, model: Mapping[str, Tensor],

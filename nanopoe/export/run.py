@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from nanopoe.checkpoint import open_checkpoint
-from nanopoe.errors import CheckpointError, DataError
+from nanopoe.checkpoint import open_checkpoint, open_tokenizer
+from nanopoe.checkpoint.evaluation import evaluation_path, read_evaluation
 from nanopoe.export.repo import export
-from nanopoe.tokenizer import Tokenizer
 
 
 def export_run(run_dir: Path, out_dir: Path, *, step: int | None = None,
@@ -19,27 +17,10 @@ def export_run(run_dir: Path, out_dir: Path, *, step: int | None = None,
     CheckpointError when RUN/tokenizer is not the tokenizer the run was trained with.
     """
     checkpoint = open_checkpoint(run_dir, step)
-    tokenizer = Tokenizer.load(run_dir / "tokenizer")
-    digest = checkpoint.manifest.value.get("fingerprints", {}).get("tokenizer")
-    if digest != tokenizer.digest:
-        raise CheckpointError("was trained with another tokenizer", checkpoint.path,
-                              f"put the one whose sha256 begins with {str(digest)[:12]} in {run_dir / 'tokenizer'}")
-    scores = read_evaluation(run_dir / "evaluation" / f"step_{checkpoint.step:08d}.json")
+    tokenizer = open_tokenizer(run_dir, checkpoint)
+    record = evaluation_path(run_dir, checkpoint.step)
+    scores = read_evaluation(record) if record.exists() else None
     experiment = checkpoint.experiment
     out = export(experiment.model, checkpoint.load_model_tensors(), tokenizer, out_dir, step=checkpoint.step,
                  name=experiment.name, dtype=dtype, evaluation=scores, overwrite=overwrite)
     return out, checkpoint.step
-
-
-def read_evaluation(path: Path) -> dict[str, Any] | None:
-    """What scripts.evaluate saved, None when it has not been run. DataError for a file it did not write."""
-    if not path.exists():
-        return None
-    do = "run scripts.evaluate again, or remove the file"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"is not readable JSON ({error})", path, do) from error
-    if not isinstance(found, dict) or not isinstance(found.get("bpb"), dict):
-        raise DataError("is not an evaluation: it has no bpb", path, do)
-    return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanopoe.checkpoint.evaluation import read_evaluation
 from nanopoe.config.schema import Experiment, ScheduleConfig
 from nanopoe.errors import DataError
 
@@ -79,16 +80,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"line {number} is not a JSON object", path, "restore or delete that line")
         lines.append(line)
     return lines
-
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """One saved evaluation."""
-    try:
-        result = json.loads(path.read_bytes())
-        result["bpb"]["full"], result["accuracy"]["full"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError("not an evaluation of nanopoe", path, "run scripts.evaluate again") from error
-    return result
 
 
 def phases_of(schedule: ScheduleConfig) -> list[Phase]:

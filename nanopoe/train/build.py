@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nanopoe import dist
-from nanopoe.checkpoint import Checkpoint, list_steps, open_checkpoint
+from nanopoe.checkpoint import Checkpoint, list_steps, open_checkpoint, open_tokenizer
 from nanopoe.checkpoint.store import set_aside_after
 from nanopoe.config import Experiment, Plan, dump_experiment, make_plan
 from nanopoe.config.counts import scaling_parameters
@@ -195,10 +195,7 @@ def load_trained(run_dir: str | Path, step: int | None, world: World) -> tuple[G
     """A trained model with its tokenizer, to evaluate, generate or export; fp32 arithmetic. Collective."""
     with dist.agree(world.device):
         checkpoint = open_checkpoint(run_dir, step)
-        tokenizer = Tokenizer.load(Path(run_dir) / "tokenizer")
-        if checkpoint.manifest.value.get("fingerprints", {}).get("tokenizer") != tokenizer.digest:
-            raise CheckpointError("was trained with another tokenizer", checkpoint.path,
-                                  f"restore {Path(run_dir) / 'tokenizer'} from the run's beginning")
+        tokenizer = open_tokenizer(run_dir, checkpoint)
         with torch.device("meta"):
             model = GPT(checkpoint.experiment.model)
         model.to_empty(device=world.device)

@@ -8,7 +8,6 @@ beyond rounding in fp64.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -27,7 +26,6 @@ from nanopoe.model import GPT
 from nanopoe.model.pool import View
 from nanopoe.tokenizer import Tokenizer
 from nanopoe.train.build import load_trained, validation
-from nanopoe.train.files import replace_file
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROBES = (
@@ -179,14 +177,6 @@ def evaluate_checkpoint(run_dir: str | Path, step: int | None, tokens: int | Non
             answers = probes(model, tokenizer)
     return {"run": experiment.name, "step": checkpoint.step, "config_hash": config_hash(experiment), **result,
             "probes": dist.gather_json(answers, world.device)[0]}
-
-
-def save_evaluation(run_dir: str | Path, result: dict[str, Any], markdown: str) -> Path:
-    """Write RUN/evaluation/step_00000200.json and .md, each atomically; returns the path of the JSON."""
-    path = Path(run_dir) / "evaluation" / f"step_{result['step']:08d}.json"
-    replace_file(path.with_suffix(".md"), markdown.encode())
-    replace_file(path, (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    return path
 
 
 def probes(model: GPT, tokenizer: Tokenizer, *, views: Sequence[View] | None = None, max_new_tokens: int = 24,

@@ -19,9 +19,9 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 
 from nanopoe import dist
+from nanopoe.checkpoint.files import replace_file
 from nanopoe.errors import ConfigError, StorageError
 from nanopoe.train.console import Display, Header, eval_line, train_line
-from nanopoe.train.files import replace_file
 
 METRICS = "metrics.jsonl"
 __all__ = ["Header", "Watch", "clean", "rank_log", "truncate_metrics"]
