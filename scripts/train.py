@@ -11,7 +11,7 @@ from nanopoe.errors import ConfigError, entrypoint, everywhere, set_error_log
 
 EXAMPLES = """examples:
   python -m scripts.train configs/quickstart.yaml
-  python -m scripts.train configs/small_poe.yaml schedule.cycles.0.steps=100 run_dir=out/short
+  python -m scripts.train configs/small_poe.yaml schedule.cycles.0.steps=150 run_dir=out/short
   torchrun --nproc_per_node=8 -m scripts.train configs/poe_1p3b.yaml
   python -m scripts.train configs/quickstart.yaml resume.step=200
 
