@@ -205,7 +205,7 @@ def test_no_machine_paths_and_no_registry_hosts() -> None:
 
 
 def test_the_text_check_flags_bad_text() -> None:
-    for bad in ("cd /home/me/x", 'path="/work/main"', "https://" + "py" + "pi.org/simple", "--" + "index-url x"):
+    for bad in ("cd /home/me/x", 'path="/work/x"', "https://" + "py" + "pi.org/simple", "--" + "index-url x"):
         assert text_faults(bad)
     for good in ("out/work/x", "../shared", "https://example.org/work/x", "./home/x", "frame/work/x"):
         assert text_faults(good) == []

@@ -85,6 +85,13 @@ def test_epochs_are_crossed(data: Path, tmp_path: Path) -> None:
     assert digest(tmp_path / "again", 63) == digest(tmp_path / "run", 63)
 
 
+def test_a_small_validation_split_is_said(data: Path, tmp_path: Path) -> None:
+    for tokens, said in ((256, False), (10**6, True)):
+        run_dir = tmp_path / str(tokens)
+        train(ALONE, experiment_dict(data, run_dir, **{"evaluation.tokens": tokens, "evaluation.every": None}))
+        assert ("the validation split fills" in (run_dir / "metrics.jsonl").read_text()) == said
+
+
 def test_ranks_share_a_batch(data: Path, tmp_path: Path) -> None:
     """The same batches on 1, 2 and 4 ranks give the same losses to 1e-5, and a run moves between world sizes."""
     losses = {}

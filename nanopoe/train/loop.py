@@ -101,4 +101,6 @@ def evaluate_if_due(run: Run, watch: Watch) -> None:
         return
     with dist.agree(run.world.device):
         batches = validation(run.experiment, run.tokenizer, run.world)
+    if not batches.complete:
+        watch.event("warning", what=f"the validation split fills {batches.rows} of {batches.rows_wanted} rows wanted")
     watch.eval(evaluate(run.model, batches, run.tokenizer.token_bytes), run.step)
