@@ -1,20 +1,26 @@
 """Errors of people: what went wrong, where, and what to do, shown as one line and turned into an exit code.
 
 `assert` is for our own bugs; everything that a user, a file or a machine can cause is one of these.
-Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 lost peer, 7 storage, 1 a bug of ours,
-130 interrupted.
+Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 lost peer, 7 storage, 1 a bug of ours. Interrupted:
+75 of scripts.train, which has saved and goes on when it is started again, or 128 + the signal's number when a second
+signal made it leave without a save; 130 of every other script.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
+
+PREEMPTED = 75               # sysexits.h: "temporary failure, try again"
 
 
 class NanopoeError(Exception):
@@ -73,9 +79,10 @@ class NumericsError(NanopoeError):
 
 
 class PeerError(NanopoeError):
-    """Another rank failed, hung or disagrees."""
+    """Another rank failed, hung or disagrees; `ranks` are those that are known to be lost."""
 
     kind, exit_code = "peer", 6
+    ranks: tuple[int, ...] = ()
 
 
 class StorageError(NanopoeError):
@@ -156,9 +163,31 @@ def report(error: BaseException) -> None:
         except OSError:
             pass                                    # a full disk must not hide the first error
     if getattr(error, "everywhere", False) and os.environ.get("LOCAL_RANK", "0") != "0":
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)       # torchrun may end us now, without a word
         time.sleep(PATIENCE_S)
     if isinstance(error, NanopoeError):
         line = error.render()
     else:
         line = f"error[internal] {type(error).__name__}: {error}; this is a bug, {hint}"
     print(trace if debug else line, file=sys.stderr, flush=True)
+
+
+def dump_stacks(why: str) -> None:
+    """Append the stacks of all threads of this process to the error log, under the line `why`."""
+    if _error_log is None:
+        return
+    try:
+        with open(_error_log, "a", encoding="utf-8") as log:
+            log.write(f"{why}\n")
+            log.flush()
+            faulthandler.dump_traceback(log, all_threads=True)
+    except OSError:
+        pass                                        # as in report()
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this process from any thread, whatever the others wait in; nothing is cleaned up but the terminal."""
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), b"\x1b[?25h")             # a live display hides the cursor
+    os._exit(code)

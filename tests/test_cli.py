@@ -29,6 +29,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from nanopoe.checkpoint.format import seal
 from tests.ranks import experiment_dict, write_shard
 
 ROOT = Path(__file__).parents[1]
@@ -190,8 +191,11 @@ def test_ctrl_c_leaves_a_run_that_goes_on(trained: Path, tmp_path: Path, cli: Ca
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "interrupted\n")
+    assert (process.returncode, err) == (75, "SIGINT: stops after this step; once more leaves at once\n")
     kept = sorted(p.name for p in (run / "checkpoints").glob("step_*"))
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("preempted", int(kept[-1][5:]))
+    assert status["resume"] == f"python -m scripts.train {' '.join(map(str, command[1:]))} {endless}"
     done = cli("evaluate", run, "--json")                               # the newest checkpoint is whole
     assert done.code == 0 and f'"step": {int(kept[-1][5:])},' in done.out, done
 
@@ -337,8 +341,11 @@ def newest(run: Path) -> Path:
     return run / "checkpoints" / f"step_{STEPS:08d}"
 
 
+MODEL = "model-0001-of-0001.safetensors"
+
+
 def alter(run: Path) -> None:
-    with open(newest(run) / "model.safetensors", "r+b") as file:
+    with open(newest(run) / MODEL, "r+b") as file:
         file.seek(20_000)
         byte = file.read(1)
         file.seek(20_000)
@@ -346,20 +353,21 @@ def alter(run: Path) -> None:
 
 
 def drop_tensor(run: Path) -> None:
-    """A file that is whole and in the manifest, but lacks a tensor."""
+    """Files that are whole and as the manifest says, but lack a tensor."""
     folder = newest(run)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / MODEL)
     del tensors["smear_lambda"]
-    save_file(tensors, folder / "model.safetensors")
-    raw, manifest = (folder / "model.safetensors").read_bytes(), json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    save_file(tensors, folder / MODEL)
+    raw, manifest = (folder / MODEL).read_bytes(), json.loads((folder / "manifest.json").read_text())
+    manifest["files"][MODEL] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    del manifest["tensors"]["smear_lambda"]
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest), sort_keys=True) + "\n")
 
 
 BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "altered": (alter, "model.safetensors: content does not match its SHA-256.*use another step"),
+    "altered": (alter, f"{MODEL}: content does not match its SHA-256, in .* rows .*use another step"),
     "tensor": (drop_tensor, "smear_lambda"),
-    "cut": (lambda run: os.truncate(newest(run) / "model.safetensors", 999), "has 999 bytes, the manifest says"),
+    "cut": (lambda run: os.truncate(newest(run) / MODEL, 999), "has 999 bytes, the manifest says"),
     "file": (lambda run: (newest(run) / "config.json").unlink(), "config.json: missing.*the one before is step 7"),
     "manifest": (lambda run: (newest(run) / "manifest.json").write_text("{"), "manifest.json: not valid JSON"),
 }

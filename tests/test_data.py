@@ -291,6 +291,38 @@ def test_position_of_other_data_is_refused(mixture, tmp_path):
         global_steps(mixture, 1, start_step=2, position=position)
 
 
+def test_data_changed_on_purpose_goes_on_where_it_can(mixture, tmp_path):
+    """A kept source continues exactly, a new one begins, documents of a dropped one are gone, shares count anew."""
+    whole = global_steps(mixture, 5)
+    position = whole[4][1]
+    other = open_source("other", write(tmp_path / "other", [[["z" * (5 + n % 9) for n in range(60)]]]), weight=1.0)
+
+    def changed():
+        return [mixture()[0], other]
+
+    rest = global_steps(changed, 12, start_step=5, position=position, may_change=["sources"])
+    letters = Counter(piece[0] for rows, _ in rest for row in rows for piece in documents_in(row) if piece)
+    code_then = {ref[2] for lane in position["lanes"].values() for ref in lane["buffer"] if ref[0] == "code"}
+    assert code_then, "the test means something only with documents of the dropped source in the buffers"
+    assert letters["z"] > 0
+    for lane in rest[-1][1]["lanes"].values():
+        assert set(lane["cursors"]) == {"prose", "other"} and not any(ref[0] == "code" for ref in lane["buffer"])
+    for number, lane in position["lanes"].items():
+        before, after = lane["cursors"]["prose"], rest[0][1]["lanes"][number]["cursors"]["prose"]
+        assert before <= after <= [before[0] + 1, 99]                        # it goes on, it does not begin again
+    again = global_steps(changed, 4, start_step=17, position=rest[-1][1], may_change=["sources"])
+    assert same(again, global_steps(changed, 4, start_step=17, position=rest[-1][1]))     # once changed, it is exact
+    assert same(global_steps(mixture, 2, start_step=5, position=position, may_change=["sources", "seed"]),
+                global_steps(mixture, 2, start_step=5, position=position))                # control: nothing changed
+    with pytest.raises(DataError, match="sources"):
+        global_steps(changed, 1, start_step=5, position=position, may_change=["seed"])
+    recounted = global_steps(mixture, 1, start_step=5, position=position, recount=True)
+    sums = [sum(lane["tokens"].values()) for p in (position, recounted[0][1]) for lane in p["lanes"].values()]
+    assert max(sums[12:]) < min(sums[:12])
+    other_seed = global_steps(mixture, 2, start_step=5, position=position, seed=9, may_change=["seed"])
+    assert other_seed[0][1]["fingerprint"]["seed"] == 9
+
+
 def test_sizes_that_do_not_divide_are_refused(mixture):
     with pytest.raises(ConfigError, match="1, 2, 3, 4, 6, 12"):
         loader(mixture(), world_size=5)

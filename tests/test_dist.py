@@ -63,8 +63,12 @@ def left_alone(world: World, collective: str) -> str:
     try:
         if collective == "all_reduce":
             dist.all_reduce_sum_(torch.ones(2))
-        elif collective == "reduce_scatter":
-            dist.reduce_scatter(torch.ones(2), torch.ones(4)).wait()
+        elif collective == "reduce_to":
+            dist.reduce_to(torch.ones(2), 0).wait()
+        elif collective == "gather_to":
+            dist.gather_to(torch.ones(2), [torch.ones(2), torch.ones(2)], 0).wait()
+        elif collective == "broadcast":
+            dist.broadcast(torch.ones(2), 1).wait()
         elif collective == "all_gather":
             dist.all_gather(torch.ones(4), torch.ones(2)).wait()
         elif collective == "agree":
@@ -79,7 +83,7 @@ def left_alone(world: World, collective: str) -> str:
     return "nothing noticed"
 
 
-@pytest.mark.parametrize("collective", ["all_reduce", "reduce_scatter", "all_gather", "barrier"])
+@pytest.mark.parametrize("collective", ["all_reduce", "reduce_to", "gather_to", "broadcast", "all_gather", "barrier"])
 def test_a_rank_that_is_gone_is_an_error_of_its_peers(collective: str) -> None:
     message = run_ranks(left_alone, 2, collective)[0]
     assert message.startswith("error[peer] rank 0: another rank is gone") and "\n" not in message

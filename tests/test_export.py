@@ -776,17 +776,18 @@ def test_only_an_earlier_export_is_overwritten(exports: Exports, tmp_path: Path,
 
 def test_script_exports_a_checkpoint(exports: Exports, tmp_path: Path, tokenizer: Tokenizer,
                                      monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from nanopoe.checkpoint import save_checkpoint
+    from nanopoe.checkpoint import Target, save_checkpoint
     from nanopoe.config import load_experiment
     from nanopoe.dist import World
     from scripts.export_hf import main
 
     ours, *_ = exports("heads")
-    experiment = load_experiment(ROOT / "configs" / "quickstart.yaml").model_copy(update={"model": ours.config})
     run, world = tmp_path / "run", World(0, 1, torch.device("cpu"))
+    experiment = load_experiment(ROOT / "configs" / "quickstart.yaml", [f"run_dir={run}"])
+    experiment = experiment.model_copy(update={"model": ours.config})
     for step in (5, 10):
         state = {k: v if step == 10 else v * 0 for k, v in ours.state_dict().items()}
-        save_checkpoint(run, experiment, world, state, [], {"step": step}, {"tokenizer": tokenizer.digest}, None)
+        save_checkpoint(Target(experiment, world, {"tokenizer": tokenizer.digest}), state, [], {"step": step})
     tokenizer.save(run / "tokenizer")
     (run / "evaluation").mkdir()
     (run / "evaluation" / "step_00000010.json").write_text(json.dumps(SCORES))

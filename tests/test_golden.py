@@ -62,7 +62,7 @@ def test_groups_are_the_references(golden: Path) -> None:
             theirs[name] = (group["kind"], group["lr"], group["weight_decay"], tuple(group.get("betas", (0, 0))))
     optimizer = golden_optimizer(golden_model(golden), golden, World(0, 1, torch.device("cpu")))
     ours = {name: (b.group.kind, b.group.lr, b.group.weight_decay, b.group.betas)
-            for b in optimizer.buckets for name in b.names}
+            for b in optimizer.batches for name in (piece.param for piece in b.pieces)}
     assert ours.keys() == theirs.keys()
     for name, (kind, lr, decay, betas) in theirs.items():
         assert ours[name] == (kind, pytest.approx(lr), pytest.approx(decay), betas), name
@@ -82,6 +82,7 @@ def six_steps(world: World, folder: str) -> tuple[list[float], float, float]:
         losses_here = backward_stages(model, ids, targets.masked_fill(~mine, -1), CE, 1 / targets.numel())
         assert losses_here.targets == targets.numel() // world.size
         losses.append(float(losses_here.total) / targets.numel())
+        optimizer.take()
         optimizer.reduce()
         optimizer.update(lr_scale=(step + 1) / 6, momentum=0.85 + 0.02 * step, decay_scale=1.0)
         if step in (0, 5):

@@ -45,6 +45,7 @@ def steps(world: World, n: int, change: str = "") -> str:
         for name, p in params.items():
             grad = torch.randn(SHAPES[name], generator=generator)
             p.grad = (grad + (name == change)) / world.size              # dividing by 1, 2, 4 is exact
+        optimizer.take()
         optimizer.reduce()
         optimizer.update(1.0 - 0.1 * step, 0.85 + 0.02 * step, 1.0)
     assert all(p.grad is None for p in params.values())
@@ -58,13 +59,72 @@ def test_sharded_equals_unsharded_bitwise() -> None:
     assert run_ranks(steps, 2, 5, "rows") != [alone] * 2               # control: one other gradient, other weights
 
 
+def micro_steps(world: World, numerics: str, n: int, change: int | None = None) -> tuple[str, list[str]]:
+    """Digest after n steps of 12 micro-batches by real autograd, and which gradients were whole after a backward."""
+    params = parameters()
+    optimizer = DistMuonAdamW(params, groups(), world.rank, world.size, numerics=numerics, shared=["rows", "vector"])
+    left: set[str] = set()
+    for step in range(n):
+        for g in range(world.rank, 12, world.size):
+            generator = torch.Generator().manual_seed(1000 * step + g + 7 * (g == change))
+            for again in (False, True):                                  # two backward calls reach the shared ones
+                own = {k: v for k, v in params.items() if not again or k in ("rows", "vector")}
+                sum((p * torch.randn(p.shape, generator=generator)).sum() for p in own.values()).backward()
+            left |= {k for k, p in params.items() if p.grad is not None}
+            optimizer.take()
+            left |= {f"{k} after take" for k, p in params.items() if p.grad is not None}
+        optimizer.reduce()
+        optimizer.update(1.0, 0.9, 1.0)
+    return digest(dict(params)), sorted(left)
+
+
+def test_strict_numerics_do_not_depend_on_the_world_size() -> None:
+    alone = run_ranks(micro_steps, 1, "strict", 4)[0]
+    assert alone[1] == ["rows", "vector"], "every other gradient has left when the backward returns"
+    for size in (2, 3, 4):
+        assert run_ranks(micro_steps, size, "strict", 4) == [alone] * size
+    assert micro_steps(World(0, 1, torch.device("cpu")), "fast", 4)[0] == alone[0]       # one rank has one order
+    assert run_ranks(micro_steps, 3, "fast", 4)[0][0] != alone[0]                        # control: the order shows
+    assert run_ranks(micro_steps, 3, "strict", 4, 5)[0][0] != alone[0]                   # control: one micro-batch
+
+
+def held(world: World) -> list[int]:
+    """[bytes of gradients that outlive a micro-batch, the most whole gradients in flight, bytes of all parameters]."""
+    import nanopoe.optim.dist_muon_adamw as module
+
+    module.FLIGHT_BYTES = 4096
+    params = parameters()
+    optimizer = DistMuonAdamW(params, groups(), world.rank, world.size)
+    most = 0
+    for _ in range(2):
+        for p in params.values():                                        # one backward each: hooks fire in this order
+            p.sum().backward()
+            whole = {f.grad.untyped_storage().data_ptr(): f.grad.untyped_storage().nbytes() for f in optimizer.flights}
+            most = max(most, sum(whole.values()))
+        optimizer.take()
+    optimizer.reduce()
+    kept = sum(s.grad.untyped_storage().nbytes() for b in optimizer.batches for s in b.own if s.grad is not None)
+    optimizer.discard()
+    return [kept, most, sum(p.nbytes for p in params.values())]
+
+
+def test_only_the_shard_accumulates() -> None:
+    everyone = run_ranks(held, 4)
+    total = everyone[0][2]
+    assert sum(kept for kept, _, _ in everyone) == total                 # no rank keeps the rest of a gradient alive
+    assert all(kept <= 0.4 * total for kept, _, _ in everyone)
+    assert all(0 < most <= 4096 + 2 * 64 * 16 * 4 for _, most, _ in everyone)
+    assert run_ranks(held, 1)[0][:2] == [total, 0]                       # control: alone, all of it is the shard
+
+
 def sharded_state(world: World) -> list[tuple[str, str, int, list[float]]]:
     params = parameters()
     optimizer = DistMuonAdamW(params, groups(), world.rank, world.size)
-    owned = sum(t.numel() for b in optimizer.buckets for t in b.state.values())
+    owned = sum(t.numel() for b in optimizer.batches for t in b.state.values())
     for name, p in params.items():
         p.grad = torch.full(SHAPES[name], 0.5) + torch.arange(p.numel()).view(SHAPES[name]) / world.size
         p.grad = p.grad / world.size if world.size == 1 else p.grad
+    optimizer.take()
     optimizer.reduce()
     optimizer.update(1.0, 0.9, 1.0)
     parts = [(p.param, p.slot, p.row0, p.tensor.flatten().tolist()) for p in optimizer.state_parts()]
@@ -75,7 +135,7 @@ def test_state_is_sharded_and_covers_every_row_once() -> None:
     everyone = run_ranks(sharded_state, 4)
     alone = run_ranks(sharded_state, 1)[0]
     owned = [parts[0][2] for parts in everyone]
-    assert max(owned) <= 0.5 * alone[0][2]                 # 2 of 5 matrices and both lone ones are rank 0's
+    assert sum(owned) == alone[0][2] and max(owned) <= 0.3 * alone[0][2]
     rows: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for parts in everyone:
         for name, slot, row0, values in parts[1:]:
@@ -108,6 +168,7 @@ def test_loaded_state_continues_bitwise() -> None:
             generator = torch.Generator().manual_seed(step)
             for name, p in params.items():
                 p.grad = torch.randn(SHAPES[name], generator=generator)
+            optimizer.take()
             optimizer.reduce()
             optimizer.update(1.0, 0.9, 1.0)
         return digest(dict(params))

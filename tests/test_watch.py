@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -250,6 +252,75 @@ def test_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot open"):
         watch(tmp_path / "run")
     watch(tmp_path / "other")[0].close()
+
+
+class Disk:
+    """os.write on files that are full while `full`: of each line `takes` bytes are still taken, then an error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, takes: int = 0, code: int = errno.ENOSPC,
+                 truncates: bool = True):
+        self.full, self.refused, self._takes, self._code = False, 0, takes, code
+        write, truncate = os.write, os.ftruncate
+
+        def refusing(fd: int, data: bytes) -> int:
+            if not self.full or not os.readlink(f"/proc/self/fd/{fd}").endswith(name):
+                return write(fd, data)
+            if self._takes and self.refused % 2 == 0:
+                self.refused += 1
+                return write(fd, data[:self._takes])
+            self.refused += 1
+            raise OSError(self._code, os.strerror(self._code))
+
+        def cutting(fd: int, length: int) -> None:
+            if not truncates and self.full:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            truncate(fd, length)
+
+        monkeypatch.setattr(os, "write", refusing)
+        monkeypatch.setattr(os, "ftruncate", cutting)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rank_0.log"])
+@pytest.mark.parametrize("takes, code, truncates", [(0, errno.ENOSPC, True), (7, errno.ENOSPC, True),
+                                                    (7, errno.EDQUOT, False), (0, errno.EIO, True)])
+def test_a_full_disk_stops_nothing_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+                                                     takes: int, code: int, truncates: bool) -> None:
+    run(tmp_path / "whole", 1, 6)
+    disk = Disk(monkeypatch, name, takes, code, truncates)
+    told, out = watch(tmp_path / "full")
+    file = told.run_dir / ("logs/rank_0.log" if "log" in name else name)
+    with told:
+        for step in range(1, 7):
+            disk.full = step in (2, 3, 4)
+            told.train(report(step))
+            if step == 3 and truncates:
+                assert file.read_bytes().endswith(b"\n"), "no torn line stays"
+                assert disk.refused and b'"step": 2' not in file.read_bytes()
+            if step % 2 == 0:
+                told.eval(EVAL)
+    strip = (lambda text: [line[21:] for line in text.splitlines()]) if "log" in name else str.splitlines
+    assert strip(file.read_text()) == strip((tmp_path / "whole" / file.relative_to(told.run_dir)).read_text())
+    assert out.getvalue().count("cannot be written") == out.getvalue().count("is written again, and complete") == 1
+    assert os.strerror(code) in out.getvalue()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_what_a_full_disk_never_took_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch, "metrics.jsonl", takes=9)
+    told, out = watch(tmp_path)
+    told.train(report(1))
+    disk.full = True
+    for step in (2, 3):
+        told.train(report(step))
+    told.close()
+    told.close()
+    assert [line["step"] for line in metrics(tmp_path)] == [1]
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 2 and lines[1].endswith("metrics.jsonl lacks its last 2 lines: No space left on device")
+    disk.full = False                                               # control: it was the disk
+    run(tmp_path, 2, 3)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 2, 3]
 
 
 def test_smoothing_and_time_left() -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from nanopoe.config.layout import CHUNK_ELEMENTS, SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
 from nanopoe.config.schema import Experiment, ModelConfig
+from nanopoe.config.shares import FLIGHT_BYTES, Kind, share_out, state_elements
 
 GROUPS = ("lm_head", "stage_heads", "wte", "value_embeds", "matrices", "scalars")
 HEAD_CHUNK_COPIES = 4     # fp32 in a chunk: raw, capped, log-probabilities, gradient
@@ -107,7 +106,7 @@ def _block_flops(m: ModelConfig, layout: Layout, layer: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. The first three are exact, activations are an estimate (see `activation_bytes`)."""
+    """Bytes of one rank: weights and optimizer are exact, gradients a bound, activations an estimate."""
 
     weights: int
     gradients: int
@@ -123,29 +122,39 @@ class Memory:
 
 
 def memory_per_rank(exp: Experiment, world_size: int) -> Memory:
-    """Bytes of the fullest of `world_size` ranks: fp32 weights and gradients whole, optimizer state sharded."""
+    """Bytes of the fullest of `world_size` ranks (ZeRO-2): fp32 weights whole; of optimizer state and of the gradients
+    summed over a step only what it owns, and whole gradients only on their way to their owners."""
     shapes = parameter_shapes(exp.model)
-    trained = dict(_trained(exp.model, shapes))
+    trained = {n: s for n, s in shapes.items() if n != "backout_lambda" or exp.model.poe_mode == "none"}
+    kinds: dict[str, Kind] = {n: "muon" if group_of(n) == "matrices" else "adamw" for n in trained}
+    summed, state = [0] * world_size, [0] * world_size
+    for piece in share_out(trained, kinds, world_size):
+        shape = (piece.high - piece.low, *trained[piece.param][1:])
+        summed[piece.owner] += math.prod(shape)
+        state[piece.owner] += state_elements(kinds[piece.param], shape)
     return Memory(
         weights=FP32 * sum(map(math.prod, shapes.values())),
-        gradients=FP32 * sum(map(math.prod, trained.values())),
-        optimizer=FP32 * optimizer_elements(trained, world_size),
+        gradients=FP32 * max(summed) + gradients_on_their_way(exp, trained, world_size),
+        optimizer=FP32 * max(state),
         activations=activation_bytes(exp),
     )
 
 
-def _trained(m: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    return ((n, s) for n, s in shapes.items() if n != "backout_lambda" or m.poe_mode == "none")
-
-
-def optimizer_elements(trained: dict[str, tuple[int, ...]], world_size: int) -> int:
-    """State of the fullest rank. Muon: whole matrices, ceil(n/W) of the n of one shape, each with a momentum and a
-    second moment factored to its longer side. AdamW: two moments of ceil(R/W) of the R rows of a tensor."""
-    matrices = Counter(shape for name, shape in trained.items() if group_of(name) == "matrices")
-    muon = sum(-(-n // world_size) * (rows * cols + max(rows, cols)) for (rows, cols), n in matrices.items())
-    adamw = sum(2 * -(-rows // world_size) * math.prod(rest) for name, (rows, *rest) in trained.items()
-                if group_of(name) != "matrices")
-    return muon + adamw
+def gradients_on_their_way(exp: Experiment, trained: dict[str, tuple[int, ...]], world_size: int) -> int:
+    """Bound on the bytes of whole gradients beside the sums: what all stages add to (complete only at the end of a
+    micro-batch), those in flight, the newest, and one of which some rows are still to leave. One rank that runs a
+    single micro-batch sums in place."""
+    micro_batches = exp.batch.tokens_per_step // (exp.model.sequence_len * exp.batch.device_batch_size)
+    if micro_batches == world_size == 1:
+        return 0
+    sizes = {name: FP32 * math.prod(shape) for name, shape in trained.items()}
+    shared = sizes["lm_head.weight"] if exp.model.poe_mode != "none" else 0
+    if world_size == 1:
+        return shared + max(sizes.values())
+    in_flight = min(FLIGHT_BYTES, sum(sizes.values())) + 2 * max(sizes.values())
+    if exp.runtime.numerics == "strict":                          # an owner gets every rank's
+        in_flight += world_size * in_flight
+    return shared + in_flight
 
 
 def activation_bytes(exp: Experiment) -> int:

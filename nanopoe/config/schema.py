@@ -114,14 +114,27 @@ class OptimConfig(Strict):
 class RuntimeConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    numerics: Literal["fast", "strict"] = Field(
+        default="fast", description="strict adds micro-gradients in their global order: the same bits on any number "
+                                    "of ranks (with the same threads), for world_size times the traffic")
     compile: bool = False
     threads: Depth | None = Field(default=None, description="CPU threads of a rank; null = cores / ranks here")
-    timeout_s: Positive = Field(default=600, description="of a collective")
+    timeout_s: Positive = Field(
+        default=600, description="seconds without progress after which a rank counts as hung, and in which all ranks "
+                                 "of a run must have met")
+    compare_every: Positive | None = Field(
+        default=500, description="steps between comparisons of the weights of all ranks, bit for bit; null = never")
 
 
 class CheckpointConfig(Strict):
     every: Positive | None = Field(default=None, description="steps; null = only at the end")
     keep_last: Positive | None = Field(default=None, description="older ones are removed; null = keep all")
+    keep_every: Positive | None = Field(
+        default=None, description="multiples of so many steps are never removed; null = only keep_last counts")
+    async_save: bool = Field(
+        default=True, description="write beside training from a copy in CPU memory; false = training waits")
+    max_failed: Positive = Field(
+        default=3, description="saves in a row that the disk may refuse before the run stops")
 
 
 class EvaluationConfig(Strict):
@@ -139,6 +152,10 @@ class LoggingConfig(Strict):
 
 class ResumeConfig(Strict):
     step: Count | None = Field(default=None, description="checkpoint to go on from; null = the newest, or a new run")
+    fallback: bool = Field(
+        default=False, description="put a damaged newest checkpoint aside and go on from the one before")
+    allow: tuple[str, ...] = Field(
+        default=(), description="keys or groups that change learning and may differ from the checkpoint's")
 
 
 class Experiment(Strict):

@@ -7,7 +7,7 @@ lane l = r (mod W), so a rank reads, tokenizes and stores only its own lanes (RE
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -55,6 +55,7 @@ class Loader:
     `start_step` = the steps completed; any world size W that divides lanes and micro_batches then continues exactly.
 
     encode_batch(texts, threads) returns ids without BOS; `tokenizer_digest` goes into the fingerprint of positions.
+    `may_change` and `recount`: see `rebase_position`.
     Work is done in a background thread; its errors are raised by `next`. Close it, or use it in a `with`.
     Raises ConfigError for sizes that do not divide, DataError for data or a position that does not fit.
     """
@@ -62,7 +63,8 @@ class Loader:
     def __init__(self, sources: Sequence[Source], encode_batch: EncodeBatch, bos_id: int, *, seed: int, lanes: int,
                  buffer_documents: int, sequence_len: int, rows_per_step: int, micro_batches: int,
                  device_batch_size: int, rank: int, world_size: int, case_aug_prob: float, start_step: int = 0,
-                 position: Position | None = None, threads: int = 1, tokenizer_digest: str | None = None):
+                 position: Position | None = None, threads: int = 1, tokenizer_digest: str | None = None,
+                 may_change: Collection[str] = (), recount: bool = False):
         check_sizes(lanes, rows_per_step, micro_batches, device_batch_size, world_size)
         assert 0 <= rank < world_size, "a rank outside its world"
         check_lanes(sources, lanes)
@@ -76,6 +78,7 @@ class Loader:
                 raise DataError(f"no data position for step {start_step}", "loader", "resume from a checkpoint")
             states = {lane: _empty_state(sources) for lane in own}
         else:
+            position = rebase_position(position, self.fingerprint, may_change, recount)
             states = _check_position(position, self.fingerprint, start_step, own, sources)
         self._lanes = _build_lanes(sources, states, tokenize, seed, lanes, buffer_documents, sequence_len + 1)
         self._rank, self._world, self._n_lanes = rank, world_size, lanes
@@ -120,14 +123,15 @@ class Loader:
 
 
 def train_loader(data: DataConfig, tokenizer: TokenizerLike, plan: PlanLike, *, seed: int, rank: int,
-                 start_step: int = 0, position: Position | None = None, threads: int = 1) -> Loader:
+                 start_step: int = 0, position: Position | None = None, threads: int = 1,
+                 may_change: Collection[str] = (), recount: bool = False) -> Loader:
     """The Loader of an experiment: opens data.train and takes the sizes from the plan."""
     return Loader(open_sources(data.train), tokenizer.encode_batch, tokenizer.bos_id, seed=seed, lanes=data.lanes,
                   buffer_documents=data.buffer_documents, sequence_len=plan.sequence_len,
                   rows_per_step=plan.rows_per_step, micro_batches=plan.micro_batches,
                   device_batch_size=plan.device_batch_size, rank=rank, world_size=plan.world_size,
                   case_aug_prob=data.case_aug_prob, start_step=start_step, position=position, threads=threads,
-                  tokenizer_digest=tokenizer.digest)
+                  tokenizer_digest=tokenizer.digest, may_change=may_change, recount=recount)
 
 
 def open_sources(configs: Sequence[SourceConfig]) -> list[Source]:
@@ -148,6 +152,31 @@ def merge_positions(positions: Sequence[Position]) -> Position:
         assert not lanes.keys() & position["lanes"].keys(), "a lane on two ranks"
         lanes.update(position["lanes"])
     return {**first, "lanes": {key: lanes[key] for key in sorted(lanes, key=int)}}
+
+
+def rebase_position(position: Position, fingerprint: dict[str, Any], may_change: Collection[str],
+                    recount: bool) -> Position:
+    """The position for data that was changed on purpose; `may_change` of the fingerprint: "sources", "seed".
+
+    Sources that are as they were go on where they stopped, new ones begin at their start, documents of others leave
+    the buffers. Then, and with `recount` (other weights), the shares of the mixture are counted anew, else a source
+    that is now due more would be all that is read until it had caught up. Another seed permutes the documents anew,
+    so some of this epoch come again and some not at all.
+    """
+    try:
+        then = position["fingerprint"]
+        changed = {key for key in may_change if then.get(key) != fingerprint[key]}
+        if not changed and not recount:
+            return position
+        names, recount = fingerprint["sources"], recount or "sources" in changed
+        kept = {name for name in names if then["sources"].get(name) == names[name]}
+        lanes = {number: {"cursors": {name: lane["cursors"][name] if name in kept else [0, 0] for name in names},
+                          "tokens": dict.fromkeys(names, 0) if recount else lane["tokens"],
+                          "buffer": [ref for ref in lane["buffer"] if ref[0] in kept]}
+                 for number, lane in position["lanes"].items()}
+        return {**position, "fingerprint": {**then, **{key: fingerprint[key] for key in changed}}, "lanes": lanes}
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return position                                          # malformed: refused by name with the others
 
 
 def check_sizes(lanes: int, rows_per_step: int, micro_batches: int, device_batch_size: int, world_size: int) -> None:

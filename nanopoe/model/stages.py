@@ -33,6 +33,11 @@ def stage_weight(n_stages: int, alpha: float) -> float:
     return float(n_stages) ** (alpha - 1.0)
 
 
+def shared_parameters(model: GPT) -> tuple[str, ...]:
+    """Names of what every stage's backward adds to: their gradients are complete only when backward_stages returns."""
+    return ("lm_head.weight", "resid_lambdas", "x0_lambdas") if model.layout.n_stages > 1 else ()
+
+
 def backward_stages(model: GPT, ids: Tensor, targets: Tensor, objective: ObjectiveConfig, scale: float,
                     report_pool: bool = False) -> MicroLosses:
     """Add the gradients of scale * total loss (a sum over targets) to every `.grad`. ids, targets (B, T) int64.

@@ -1,28 +1,40 @@
-"""DistMuonAdamW: Muon and AdamW with gradients reduced to shards and state held only for what a rank owns (ZeRO-2).
+"""DistMuonAdamW: ZeRO-2. Gradients are reduced to their owners while backward runs, state is held by owners only.
 
-Each bucket is a stack of equal units that is cut evenly over the ranks, the last shares padded or empty:
-  muon   all matrices of one shape, a unit is a whole matrix (the polar iteration needs all of it)
-  adamw  one tensor, a unit is a row
-reduce() sums gradients into this rank's units; update() changes those and gathers the parameters of all. One rank is
-the same code with shares of everything. State is keyed by parameter name and row, so any world size can read it.
+Every parameter is cut into pieces with one owner each (config/shares.py). As soon as backward has finished the
+gradient of a parameter, its pieces are on their way to their owners and `.grad` is gone; over the micro-batches of a
+step only the owners accumulate. reduce() waits for what is under way, update() changes owned pieces and sends each to
+all ranks while the next ones are updated. The update waits for the whole gradient, since a step with a value that is
+not finite anywhere must leave every weight and moment as it was. One rank is the same code without the sending.
+
+Two ways to sum. `fast`: the backend's reduction, whose order of additions depends on the world size. `strict`: the
+owner gets every rank's micro-gradient and adds them in the order of the global micro-batches, so any world size gives
+the same bits, at world_size times the traffic into an owner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nanopoe import dist
+from nanopoe.config.shares import FLIGHT_BYTES, Piece, share_out
 from nanopoe.optim.groups import Group
 from nanopoe.optim.kernels import adamw_, muon_, second_moment_shape
+
+BATCH = 8                   # matrices of one shape that a rank updates before they are sent
 
 
 @dataclass(frozen=True)
 class StatePart:
-    """Rows [row0, row0 + len(tensor)) of one slot of one parameter's state; Muon's parts are whole (row0 = 0)."""
+    """Rows [row0, row0 + len(tensor)) of one slot of one parameter's state."""
 
     param: str
     slot: str
@@ -31,160 +43,247 @@ class StatePart:
 
 
 @dataclass
-class Bucket:
-    """Units [low, high) of `units` are this rank's; `share` is what every rank sends and receives, padding included."""
+class Shard:
+    """A piece and what its owner holds of it; `values` is a view of the parameter's rows."""
+
+    piece: Piece
+    values: Tensor
+    state: dict[str, Tensor]
+    grad: Tensor | None = None          # summed over ranks and micro-batches
+
+    def add(self, grad: Tensor, *, own: bool) -> None:
+        """Add to the gradient; `own` says that nobody else needs `grad`."""
+        if self.grad is None:
+            self.grad = grad if own else grad.clone()
+        else:
+            self.grad += grad
+
+
+@dataclass
+class Batch:
+    """Pieces of one kind of update that are sent together: all of one AdamW parameter, or matrices of one shape.
+
+    `state` of muon's own shards is stacked (n, ...), each shard's is a view of it, so that a GPU takes them at once.
+    """
 
     group: Group
-    names: tuple[str, ...]
-    params: list[Tensor]
-    units: int
-    share: int
-    low: int
-    high: int
+    pieces: list[Piece]
+    own: list[Shard] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
-    grad: Tensor | None = None                     # (high - low, ...) reduced
-    in_flight: list[Tensor] = field(default_factory=list)
 
-    @property
-    def is_muon(self) -> bool:
-        return self.group.kind == "muon"
 
-    def stacked(self, tensors: list[Tensor], low: int, high: int) -> Tensor:
-        """Units [low, high) of `tensors`: a view for adamw, a copy for muon."""
-        if not self.is_muon:
-            return tensors[0][low:high]
-        return torch.stack(tensors[low:high]) if high > low else tensors[0].new_empty(0, *tensors[0].shape)
+@dataclass
+class Flight:
+    """A gradient on its way. `parts` are every rank's, on an owner in strict mode."""
 
-    def write_back(self, low: int, values: Tensor) -> None:
-        """Units from `low` on become `values`."""
-        if self.is_muon:
-            for p, value in zip(self.params[low:low + len(values)], values, strict=True):
-                p.copy_(value)
-        else:
-            self.params[0][low:low + len(values)] = values
+    piece: Piece
+    grad: Tensor
+    whole: bool                          # the gradient of all of the parameter, not some rows of it
+    parts: list[Tensor] | None
+    work: dist.Pending
 
 
 class DistMuonAdamW:
-    """`params` are the trainable parameters by name; every one must be in exactly one group, and the reverse."""
+    """`params` are the trainable parameters by name; every one must be in exactly one group, and the reverse.
+
+    `shared` names those that more than one backward call of a micro-batch adds to: their gradient is complete only when
+    take() is called. All other gradients leave from a hook, in the order of the backward pass, which is the same on
+    every rank. All state is allocated here.
+    """
 
     def __init__(self, params: Mapping[str, Tensor], groups: list[Group], rank: int = 0, world_size: int = 1,
-                 polar_dtype: torch.dtype = torch.float32):
+                 polar_dtype: torch.dtype = torch.float32, numerics: Literal["fast", "strict"] = "fast",
+                 shared: Collection[str] = ()):
         grouped = [name for group in groups for name in group.params]
         if sorted(grouped) != sorted(params):
             odd = sorted(set(grouped) ^ set(params)) or sorted({n for n in grouped if grouped.count(n) > 1})
             raise ValueError(f"every trainable parameter belongs to exactly one group; look at {', '.join(odd)}")
-        self.rank, self.world_size, self.polar_dtype = rank, world_size, polar_dtype
+        self.rank, self.world_size, self.polar_dtype, self.numerics = rank, world_size, polar_dtype, numerics
+        self.params = dict(params)
         self.steps = 0                             # updates done, AdamW's bias correction counts them
-        self.buckets = [self._bucket(group, names, params) for group in groups for names in stacks(group, params)]
+        kinds = {name: group.kind for group in groups for name in group.params}
+        shapes = {name: tuple(params[name].shape) for name in grouped}
+        self._pieces: dict[str, list[Piece]] = {name: [] for name in grouped}
+        for piece in share_out(shapes, kinds, world_size):
+            self._pieces[piece.param].append(piece)
+        self.batches = [self._batch(group, pieces) for group in groups for pieces in self._batched(group)]
+        self._shards = {(s.piece.param, s.piece.low): s for batch in self.batches for s in batch.own}
+        self.flights: deque[Flight] = deque()
+        self._taken: set[str] = set()
+        self._listening = True
+        for name in grouped:
+            if name not in shared:
+                params[name].register_post_accumulate_grad_hook(partial(self._complete, name))
 
-    def _bucket(self, group: Group, names: tuple[str, ...], params: Mapping[str, Tensor]) -> Bucket:
-        tensors = [params[name].detach() for name in names]
-        units = len(tensors) if group.kind == "muon" else tensors[0].size(0)
-        share = -(-units // self.world_size)
-        low, high = min(self.rank * share, units), min((self.rank + 1) * share, units)
-        bucket = Bucket(group, names, [params[name] for name in names], units, share, low, high)
-        own, first = high - low, tensors[0]
+    def _batched(self, group: Group) -> Iterator[list[Piece]]:
+        """The batches of a group in the order they are updated: the same on every rank."""
+        if group.kind == "adamw":
+            yield from (self._pieces[name] for name in group.params)
+            return
+        place: dict[str, tuple[tuple[int, ...], int]] = {}       # shape, and which batch of its owner's
+        owned: dict[tuple[object, int], int] = {}
+        for name in group.params:
+            shape, owner = tuple(self.params[name].shape), self._pieces[name][0].owner
+            place[name] = (shape, owned.get((shape, owner), 0) // BATCH)
+            owned[shape, owner] = owned.get((shape, owner), 0) + 1
+        for _, names in groupby(sorted(group.params, key=place.__getitem__), key=place.__getitem__):
+            yield [self._pieces[name][0] for name in names]
+
+    def _batch(self, group: Group, pieces: list[Piece]) -> Batch:
+        batch = Batch(group, pieces)
+        own = [piece for piece in pieces if piece.owner == self.rank]
+        if not own:
+            return batch
+        shape = self.params[own[0].param].shape
         if group.kind == "muon":
-            second = second_moment_shape(*first.shape)
-            bucket.state = {"momentum": first.new_zeros(own, *first.shape), "second": first.new_zeros(own, *second)}
+            sizes = {"momentum": shape, "second": second_moment_shape(*shape)}
         else:
-            bucket.state = {slot: first.new_zeros(own, *first.shape[1:]) for slot in ("exp_avg", "exp_avg_sq")}
-        return bucket
+            sizes = dict.fromkeys(("exp_avg", "exp_avg_sq"), (own[0].high - own[0].low, *shape[1:]))
+        like = self.params[own[0].param].detach()
+        batch.state = {slot: like.new_zeros(len(own), *size) for slot, size in sizes.items()}
+        batch.own = [Shard(piece, self.params[piece.param].detach()[piece.low:piece.high],
+                           {slot: stacked[i] for slot, stacked in batch.state.items()})
+                     for i, piece in enumerate(own)]
+        return batch
 
-    # -- one step -----------------------------------------------------------------------------------------------
+    # -- gradients to their owners ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _complete(self, name: str, param: Tensor) -> None:
+        """The gradient of `param` over one micro-batch is complete: send its pieces off and let go of it."""
+        if not self._listening:
+            return
+        assert name not in self._taken, f"{name} got two gradients in a micro-batch: it is shared"
+        grad, param.grad = param.grad, None
+        assert grad is not None and grad.is_contiguous()
+        self._taken.add(name)
+        for piece in self._pieces[name]:
+            self._send(piece, grad[piece.low:piece.high], whole=len(self._pieces[name]) == 1)
+        while len(self.flights) > 1 and sum(f.grad.nbytes for f in self.flights) > FLIGHT_BYTES:
+            self._land(self.flights.popleft())
+
+    def _send(self, piece: Piece, grad: Tensor, whole: bool) -> None:
+        if self.world_size == 1:
+            self._shards[piece.param, piece.low].add(grad, own=True)
+            return
+        parts = None
+        if self.numerics == "fast":
+            work = dist.reduce_to(grad, piece.owner)
+        else:
+            if piece.owner == self.rank:
+                parts = [torch.empty_like(grad) for _ in range(self.world_size)]
+            work = dist.gather_to(grad, parts, piece.owner)
+        self.flights.append(Flight(piece, grad, whole, parts, work))
+
+    def _land(self, flight: Flight) -> None:
+        flight.work.wait()
+        if flight.piece.owner != self.rank:
+            return
+        shard = self._shards[flight.piece.param, flight.piece.low]
+        if flight.parts is None:
+            shard.add(flight.grad, own=flight.whole)      # rows of a larger gradient would keep all of it alive
+            return
+        for part in flight.parts:                         # by rank: the order of the global micro-batches
+            shard.add(part, own=True)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """End a micro-batch: send off what is not yet, the shared parameters' gradients. Collective."""
+        for name, param in self.params.items():
+            if name not in self._taken and param.grad is not None:
+                self._complete(name, param)
+        missing = self.params.keys() - self._taken
+        assert not missing, f"no gradient: {', '.join(sorted(missing)[:3])}"
+        self._taken.clear()
 
     @torch.no_grad()
     def reduce(self) -> Tensor:
-        """Sum `.grad` over ranks into this rank's units. Returns the squared norm of the units owned, fp64, ().
+        """Wait until every owner has its sums. Returns the squared norm of the owned ones, fp64, ()."""
+        while self.flights:
+            self._land(self.flights.popleft())
+        grads = []
+        for shard in self._shards.values():
+            assert shard.grad is not None, "take() ends every micro-batch"
+            grads.append(shard.grad)
+        device = next(iter(self.params.values())).device
+        return torch.nn.utils.get_total_norm(grads).to(device, torch.float64).square()
 
-        A parameter without a gradient is an error of ours. `.grad` is kept until update(), so that a non-finite
-        one can still be traced.
-        """
-        works = []
-        for bucket in self.buckets:
-            grads = [p.grad for p in bucket.params]
-            assert all(g is not None for g in grads), f"no gradient: {bucket.names}"
-            if self.world_size == 1:
-                bucket.grad = bucket.stacked(grads, 0, bucket.units)          # type: ignore[arg-type]
-                continue
-            everything = pad(bucket.stacked(grads, 0, bucket.units), self.world_size * bucket.share)  # type: ignore
-            mine = everything.new_empty(bucket.share, *everything.shape[1:])
-            works.append(dist.reduce_scatter(mine, everything))
-            bucket.in_flight = [everything, mine]                             # alive until the wait
-            bucket.grad = mine[: bucket.high - bucket.low]
-        for work in works:
-            work.wait()
-        total = torch.zeros((), dtype=torch.float64, device=self.buckets[0].params[0].device)
-        for bucket in self.buckets:
-            bucket.in_flight = []
-            assert bucket.grad is not None
-            total += bucket.grad.double().square().sum()
-        return total
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Gradients computed in this block stay in `.grad`."""
+        self._listening = False
+        try:
+            yield
+        finally:
+            self._listening = True
+
+    # -- update -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update(self, lr_scale: float, momentum: float, decay_scale: float, grad_scale: float = 1.0) -> None:
-        """Update owned units with the reduced gradients (times `grad_scale`), then give every rank all parameters.
+        """Update owned pieces with the reduced gradients (times `grad_scale`), then give every rank all of them.
 
         `lr_scale` multiplies every rate, `decay_scale` Muon's weight decay (the schedule's values of this step).
         """
         self.steps += 1
-        works = []
-        for bucket in self.buckets:
-            assert bucket.grad is not None, "reduce() comes before update()"
-            if grad_scale != 1.0:
-                bucket.grad = bucket.grad * grad_scale
-            values = bucket.stacked(bucket.params, bucket.low, bucket.high)
-            self._apply(bucket, values, lr_scale, momentum, decay_scale)
-            bucket.grad = None
-            for p in bucket.params:
-                p.grad = None
-            if self.world_size == 1:
-                if bucket.is_muon:
-                    bucket.write_back(0, values)
-                continue
-            mine = pad(values, bucket.share).contiguous()
-            everything = mine.new_empty(self.world_size * bucket.share, *mine.shape[1:])
-            works.append(dist.all_gather(everything, mine))
-            bucket.in_flight = [mine, everything]
-        for work in works:
+        under_way = []
+        for batch in self.batches:
+            for shard in batch.own:
+                assert shard.grad is not None, "reduce() comes before update()"
+                if grad_scale != 1.0:
+                    shard.grad = shard.grad * grad_scale
+            if batch.own:
+                self._apply(batch, lr_scale, momentum, decay_scale)
+            for shard in batch.own:
+                shard.grad = None
+            if self.world_size > 1:
+                under_way += [dist.broadcast(self.params[p.param].detach()[p.low:p.high], p.owner)
+                              for p in batch.pieces]
+        for work in under_way:
             work.wait()
-        for bucket in self.buckets:
-            if bucket.in_flight:
-                bucket.write_back(0, bucket.in_flight[1][: bucket.units])
-                bucket.in_flight = []
 
-    def _apply(self, bucket: Bucket, values: Tensor, lr_scale: float, momentum: float, decay_scale: float) -> None:
-        group, state, lr = bucket.group, bucket.state, bucket.group.lr * lr_scale
-        if not bucket.is_muon:
-            adamw_(values, bucket.grad, state["exp_avg"], state["exp_avg_sq"], self.steps, lr,   # type: ignore[arg-type]
-                   group.betas, group.eps, group.weight_decay)
+    def _apply(self, batch: Batch, lr_scale: float, momentum: float, decay_scale: float) -> None:
+        group, own, lr = batch.group, batch.own, batch.group.lr * lr_scale
+        if group.kind == "adamw":
+            for s in own:
+                adamw_(s.values, s.grad, s.state["exp_avg"], s.state["exp_avg_sq"], self.steps, lr,  # type: ignore[arg-type]
+                       group.betas, group.eps, group.weight_decay)
             return
-        # On CPU one matrix at a time: the bits then cannot depend on how many a rank owns. CUDA takes the stack.
-        count = len(values)
-        width = count if values.is_cuda else 1
-        for i in range(0, count, max(width, 1)):
-            part = slice(i, i + width)
-            muon_(values[part], bucket.grad[part], state["momentum"][part], state["second"][part],  # type: ignore[index]
-                  lr, momentum, group.beta2, group.weight_decay * decay_scale, self.polar_dtype)
+        decay = group.weight_decay * decay_scale
+        if not own[0].values.is_cuda:      # one by one: the bits cannot depend on how many matrices a rank owns
+            for s in own:
+                muon_(s.values, s.grad, s.state["momentum"], s.state["second"], lr, momentum,  # type: ignore[arg-type]
+                      group.beta2, decay, self.polar_dtype)
+            return
+        values = torch.stack([s.values for s in own])
+        grads = torch.stack([s.grad for s in own])                                                # type: ignore[misc]
+        muon_(values, grads, batch.state["momentum"], batch.state["second"], lr, momentum, group.beta2, decay,
+              self.polar_dtype)
+        torch._foreach_copy_([s.values for s in own], list(values.unbind()))
 
     def discard(self) -> None:
-        """Forget the reduced gradients: the step is not taken."""
-        for bucket in self.buckets:
-            bucket.grad = None
-            for p in bucket.params:
-                p.grad = None
+        """Forget the gradients: the step is not taken."""
+        while self.flights:
+            self._land(self.flights.popleft())
+        self._taken.clear()
+        for shard in self._shards.values():
+            shard.grad = None
+        for param in self.params.values():
+            param.grad = None
 
     # -- state --------------------------------------------------------------------------------------------------
 
+    def state_names(self) -> list[str]:
+        """`<param>::<slot>` of all state there is, whoever owns it."""
+        slots = {"muon": ("momentum", "second"), "adamw": ("exp_avg", "exp_avg_sq")}
+        return [f"{name}::{slot}" for batch in self.batches for name in dict.fromkeys(p.param for p in batch.pieces)
+                for slot in slots[batch.group.kind]]
+
     def state_parts(self) -> Iterator[StatePart]:
         """This rank's state by parameter name and row."""
-        for bucket in self.buckets:
-            for slot, tensor in bucket.state.items():
-                if bucket.is_muon:
-                    for i, name in enumerate(bucket.names[bucket.low:bucket.high]):
-                        yield StatePart(name, slot, 0, tensor[i])
-                elif bucket.high > bucket.low:
-                    yield StatePart(bucket.names[0], slot, bucket.low, tensor)
+        for shard in self._shards.values():
+            for slot, tensor in shard.state.items():
+                yield StatePart(shard.piece.param, slot, shard.piece.low, tensor)
 
     @torch.no_grad()
     def load_state(self, rows: Callable[[str, str, int, int], Tensor], steps: int) -> None:
@@ -192,20 +291,3 @@ class DistMuonAdamW:
         self.steps = steps
         for part in self.state_parts():
             part.tensor.copy_(rows(part.param, part.slot, part.row0, part.row0 + part.tensor.size(0)))
-
-
-def stacks(group: Group, params: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
-    """The buckets of a group: matrices of one shape together for muon, one tensor each for adamw."""
-    if group.kind == "adamw":
-        return [(name,) for name in group.params]
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name in group.params:
-        by_shape.setdefault(tuple(params[name].shape), []).append(name)
-    return [tuple(names) for names in by_shape.values()]
-
-
-def pad(tensor: Tensor, units: int) -> Tensor:
-    """Zeros behind the first dimension up to `units`."""
-    if tensor.size(0) == units:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros(units - tensor.size(0), *tensor.shape[1:])])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from nanopoe.config.schema import OptimConfig
+from nanopoe.config.shares import Kind
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Group:
     """Hyper-parameters of some parameters, scaled to this run and before the schedule."""
 
     name: str
-    kind: str                                  # "muon" | "adamw"
+    kind: Kind
     lr: float
     weight_decay: float
     params: tuple[str, ...]
@@ -48,7 +49,7 @@ def build_groups(trainable: Iterable[str], optim: OptimConfig, n_embd: int, toke
     batch = sqrt(tokens_per_step / optim.reference_batch_tokens) if optim.reference_batch_tokens else 1.0
     size = optim.reference_scaling_params / scaling_params if optim.reference_scaling_params else 1.0
     width = sqrt(768 / n_embd)
-    table = {                   # kind, rate, betas, weight decay
+    table: dict[str, tuple[Kind, float, tuple[float, float], float]] = {      # kind, rate, betas, weight decay
         "heads": ("adamw", optim.unembedding_lr * width * batch, (0.8, 0.96), 0.01),
         "wte": ("adamw", optim.embedding_lr * width * batch, (0.8, 0.995), 0.001),
         "value_embeds": ("adamw", 0.5 * optim.embedding_lr * width * batch, (0.8, 0.995), 0.01),

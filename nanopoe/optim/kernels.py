@@ -13,18 +13,22 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+CACHE_BLOCK = 1 << 18     # elements of an AdamW block; four tensors and two temporaries of it are 6 MiB
 
 
 def adamw_(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, lr: float,
            betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """One AdamW step (arXiv 1711.05101) on any shape; `step` counts from 1. Element-wise: any rows can be a shard."""
+    """One AdamW step (arXiv 1711.05101) on any contiguous shape; `step` counts from 1. Element-wise: any rows can be a
+    shard, and on a CPU it goes block by block, since what fits the cache is read once and not at every line below."""
     beta1, beta2 = betas
-    if weight_decay:
-        p.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-    denominator = exp_avg_sq.div(1 - beta2**step).sqrt_().add_(eps)
-    p.add_(exp_avg.div(denominator), alpha=-lr / (1 - beta1**step))
+    block = CACHE_BLOCK if p.device.type == "cpu" else max(p.numel(), 1)
+    for w, g, m, v in zip(*(t.view(-1).split(block) for t in (p, grad, exp_avg, exp_avg_sq)), strict=True):
+        if weight_decay:
+            w.mul_(1 - lr * weight_decay)
+        m.lerp_(g, 1 - beta1)
+        v.lerp_(g.square(), 1 - beta2)
+        denominator = v.div(1 - beta2**step).sqrt_().add_(eps)
+        w.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
 
 
 def orthogonalize(update: Tensor, dtype: torch.dtype) -> Tensor:

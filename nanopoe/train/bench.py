@@ -1,17 +1,24 @@
-"""What a training step costs: tokens per second, FLOP/s against a measured matmul peak, where the time goes, memory."""
+"""What training costs: a step (rate, share of the matmul peak), the optimizer against its plain form, memory."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from nanopoe import dist
 from nanopoe.config import Experiment, make_plan
-from nanopoe.config.counts import flops_per_token
+from nanopoe.config.counts import flops_per_token, memory_per_rank
 from nanopoe.dist import World
+from nanopoe.model import GPT
 from nanopoe.model.stages import backward_stages
+from nanopoe.optim import DistMuonAdamW
+from nanopoe.optim.groups import Group
+from nanopoe.optim.kernels import adamw_, muon_, second_moment_shape
 from nanopoe.train.build import build_model, build_optimizer
 from nanopoe.train.compute import choose_compute, measured_peak, memory_bytes
 
@@ -35,6 +42,7 @@ def bench_step(experiment: Experiment, world: World, steps: int = 5) -> dict[str
         start = clock(world)
         for batch in rows.unbind(0):
             backward_stages(model, batch[:, :-1], batch[:, 1:], experiment.objective, 1 / plan.tokens_per_step)
+            optimizer.take()
         middle = clock(world)
         optimizer.reduce()
         optimizer.update(1.0, 0.95, 1.0)
@@ -54,6 +62,125 @@ def bench_step(experiment: Experiment, world: World, steps: int = 5) -> dict[str
         "flops_per_s": rate * flops_per_token(experiment.model), "matmul_peak": peak,
         "mfu": rate * flops_per_token(experiment.model) / peak, "memory_bytes": memory_bytes(world.device),
     }
+
+
+# -- the optimizer against its plain form ------------------------------------------------------------------------------
+
+def bench_optimizer(experiment: Experiment, world: World, steps: int = 9) -> dict[str, Any]:
+    """Median seconds of an update of DistMuonAdamW on one rank and of `PlainMuonAdamW`, alternating on equal gradients.
+
+    Ours includes taking the gradients over, their norm and the check that they are finite; the plain form has none.
+    """
+    compute = choose_compute(experiment.runtime, world, 1)
+    ours, plain = (build_model(experiment, world, compute, None) for _ in range(2))
+    optimizer = build_optimizer(experiment, ours, world, compute)
+    groups = list({id(b.group): b.group for b in optimizer.batches}.values())
+    stock = PlainMuonAdamW(dict(plain.named_parameters()), groups, compute.dtype)
+    generator = torch.Generator(world.device).manual_seed(0)
+    grads = {name: torch.randn(p.shape, generator=generator, device=world.device)
+             for name, p in optimizer.params.items()}
+
+    def sharded() -> None:
+        optimizer.take()
+        optimizer.reduce()
+        optimizer.update(1.0, 0.95, 1.0)
+
+    seconds: dict[str, list[float]] = {"sharded": [], "plain": []}
+    arms: list[tuple[str, GPT, Callable[[], None]]] = [("sharded", ours, sharded), ("plain", plain, stock.step)]
+    for i in range(steps + 1):
+        for name, model, step in arms if i % 2 else reversed(arms):
+            for key, p in model.named_parameters():
+                p.grad = grads[key].clone() if key in grads else None
+            start = clock(world)
+            step()
+            if i:
+                seconds[name].append(clock(world) - start)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    difference = max(float((p - q).abs().max()) for p, q in zip(ours.parameters(), plain.parameters(), strict=True))
+    return {"experiment": experiment.name, "device": f"{world.device} {compute.device_name}",
+            "dtype": str(compute.dtype)[6:], "parameters": sum(g.numel() for g in grads.values()), **median,
+            "ratio": median["sharded"] / median["plain"], "difference": difference}
+
+
+class PlainMuonAdamW:
+    """The usual form on one process, for comparison: gradients in `.grad`, state per parameter, Muon's matrices of one
+    shape stacked for each update. The same mathematics."""
+
+    def __init__(self, params: dict[str, Tensor], groups: list[Group], dtype: torch.dtype):
+        self.dtype, self.steps = dtype, 0
+        self.adamw: list[tuple[Group, Tensor, Tensor, Tensor]] = []
+        self.muon: list[tuple[Group, list[Tensor], Tensor, Tensor]] = []
+        for group in groups:
+            tensors = [params[name] for name in group.params]
+            if group.kind == "adamw":
+                self.adamw += [(group, p, torch.zeros_like(p), torch.zeros_like(p)) for p in tensors]
+                continue
+            for shape in dict.fromkeys(p.shape for p in tensors):
+                stack = [p for p in tensors if p.shape == shape]
+                like = stack[0].detach()
+                self.muon.append((group, stack, like.new_zeros(len(stack), *shape),
+                                  like.new_zeros(len(stack), *second_moment_shape(*shape))))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        for group, p, first, second in self.adamw:
+            assert p.grad is not None
+            adamw_(p, p.grad, first, second, self.steps, group.lr, group.betas, group.eps, group.weight_decay)
+        for group, stack, momentum, second in self.muon:
+            values, grads = torch.stack(stack), torch.stack([p.grad for p in stack if p.grad is not None])
+            muon_(values, grads, momentum, second, group.lr, 0.95, group.beta2, group.weight_decay, self.dtype)
+            torch._foreach_copy_(stack, list(values.unbind()))
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+def bench_memory(experiment: Experiment, world: World) -> dict[str, Any]:
+    """Bytes of tensors that the fullest rank holds in one step, beside what `memory_per_rank` says. Collective.
+
+    `gradients` is the most at any moment a gradient was completed: sums, whole gradients, and those in flight.
+    """
+    plan, compute = make_plan(experiment, world.size), choose_compute(experiment.runtime, world, world.size)
+    model = build_model(experiment, world, compute, None)
+    peak, optimizer = 0, None
+
+    def look(_: Tensor) -> None:
+        nonlocal peak
+        assert optimizer is not None
+        peak = max(peak, storage_bytes(gradients(optimizer)))
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(look)          # before the optimizer's, which sends the gradient off
+    optimizer = build_optimizer(experiment, model, world, compute)
+    generator = torch.Generator().manual_seed(world.rank)
+    shape = (plan.micro_steps, plan.device_batch_size, plan.sequence_len + 1)
+    rows = torch.randint(experiment.model.vocab_size, shape, generator=generator).to(world.device)
+    for batch in rows.unbind(0):
+        backward_stages(model, batch[:, :-1], batch[:, 1:], experiment.objective, 1 / plan.tokens_per_step)
+        optimizer.take()
+    optimizer.reduce()
+    optimizer.update(1.0, 0.95, 1.0)
+    mine = {"weights": storage_bytes(model.parameters()), "gradients": peak,
+            "optimizer": storage_bytes(t for b in optimizer.batches for t in b.state.values())}
+    everyone = dist.gather_json(mine, world.device)
+    said = memory_per_rank(experiment, world.size).as_dict()
+    return {"experiment": experiment.name, "world_size": world.size, "micro_steps": plan.micro_steps,
+            **{key: max(rank[key] for rank in everyone) for key in mine},
+            **{f"{key}_formula": said[key] for key in mine}, "device_peak": memory_bytes(world.device)}
+
+
+def gradients(optimizer: DistMuonAdamW) -> Iterable[Tensor]:
+    """Every tensor that holds a gradient now."""
+    yield from (p.grad for p in optimizer.params.values() if p.grad is not None)
+    yield from (s.grad for b in optimizer.batches for s in b.own if s.grad is not None)
+    for flight in optimizer.flights:
+        yield from (flight.grad, *(flight.parts or ()))
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory behind `tensors`, each storage counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def clock(world: World) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from nanopoe.infer.engine import Engine
 from nanopoe.model import GPT
 from nanopoe.model.pool import View
 from nanopoe.tokenizer import Tokenizer
-from nanopoe.train.build import load_trained, validation
+from nanopoe.train.build import validation
+from nanopoe.train.restore import load_trained
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROBES = (
@@ -41,7 +42,8 @@ PROBES = (
 
 @torch.no_grad()
 def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Tensor, *,
-             alphas: Sequence[float] = ALPHAS, chunk_rows: int = 1024) -> dict[str, Any]:
+             alphas: Sequence[float] = ALPHAS, chunk_rows: int = 1024,
+             stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Bits per byte and top-1 accuracy of the full pool, every stage and every prefix (SPEC 7), as a JSON-able dict.
 
     `batches` yields this rank's integer rows (b, T+1); `token_bytes` (V,) holds the bytes of a token, 0 for specials.
@@ -55,6 +57,7 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
 
     A model trained without stage losses (BP) has only `full`; the rest is null. DataError when there is nothing to
     evaluate or the tokenizer does not fit the model, NumericsError when a sum is not finite: on every rank alike.
+    A rank whose `stop` becomes true reads no further batch; the result is empty then, on every rank.
     """
     began = time.perf_counter()
     device = next(model.parameters()).device
@@ -64,6 +67,10 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
                                    "evaluation", "use the tokenizer the model was trained with"))
     sums = _zero_sums(model.layout.n_stages, len(alphas), device)
     for rows in batches:
+        dist.mark("evaluate")
+        if stop():
+            sums["stopped"] += 1
+            break
         ids = rows.to(device, torch.int64)
         states = [x.flatten(0, 1) for x in model.boundary_states(ids[:, :-1])]      # K x (b*T, D)
         targets = ids[:, 1:].flatten()
@@ -71,13 +78,16 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
             part = slice(start, start + chunk_rows)
             _add_chunk(sums, model, [x[part] for x in states], targets[part], sizes, alphas)
     _reduce(sums)
+    if sums["stopped"].item():
+        return {}
     return _result(sums, model, alphas, time.perf_counter() - began)
 
 
 def _zero_sums(n_stages: int, n_alphas: int, device: torch.device) -> dict[str, Tensor]:
-    """What is summed over targets, fp64: nats and hits per view, diversity, and the counts."""
+    """What is summed over targets, fp64: nats and hits per view, diversity, and the counts; and ranks that stopped."""
     lengths = {"stage_nats": n_stages, "prefix_nats": n_stages, "alpha_nats": n_alphas, "stage_hits": n_stages,
-               "prefix_hits": n_stages, "diversity": 1, "tokens": 1, "targets": 1, "bytes": 1}
+               "prefix_hits": n_stages, "diversity": 1, "tokens": 1, "targets": 1, "bytes": 1,
+               "stopped": 1}
     return {name: torch.zeros(n, dtype=torch.float64, device=device) for name, n in lengths.items()}
 
 

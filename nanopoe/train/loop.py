@@ -6,45 +6,113 @@ import time
 from typing import Any
 
 from nanopoe import dist
-from nanopoe.checkpoint import save_checkpoint
+from nanopoe.checkpoint import run_lock
 from nanopoe.config import Experiment, config_hash, dump_experiment
 from nanopoe.config.counts import count_parameters, flops_per_token
-from nanopoe.data.loader import merge_positions
 from nanopoe.dist import World
+from nanopoe.schedule import Schedule
 from nanopoe.train.build import Run, build_run, validation
 from nanopoe.train.compute import memory_bytes, out_of_memory
+from nanopoe.train.drift import compare_ranks
 from nanopoe.train.evaluate import evaluate
+from nanopoe.train.saves import Saves
+from nanopoe.train.signals import Signals
+from nanopoe.train.status import Status, whoami
 from nanopoe.train.step import Losses, train_step
 from nanopoe.train.watch import Header, Watch
 
 
-def train(experiment: Experiment, world: World) -> Run:
-    """Train to the end of the schedule, from the newest checkpoint on if there is one; returns the finished run.
+def train(experiment: Experiment, world: World, signals: Signals | None = None, status: Status | None = None) -> Run:
+    """Train to the end of the schedule, from the newest checkpoint on if there is one; returns the run.
 
-    Collective. A run that is already finished says so and changes nothing.
+    Collective. A run that is already finished says so and changes nothing. When `signals` of any rank ask to stop, all
+    ranks save what is not yet saved and leave at the same step; `status` says "preempted" then, else "finished".
     """
-    run = build_run(experiment, world)
-    with run.loader, watch_of(run) as watch, out_of_memory(experiment, world.device):
-        if run.resumed_from is not None:
-            watch.event("resumed", checkpoint=str(run.resumed_from.path), lr_scale=run.schedule.lr_scale(run.step),
-                        set_aside=run.set_aside or None)
-            evaluate_if_due(run, watch)                          # the run may have died before it
-        if run.step == run.plan.total_steps:
-            watch.event("nothing to do", step=run.step)
-        while run.step < run.plan.total_steps:
-            start = time.perf_counter()
-            with dist.agree(world.device):                       # a bad shard on one rank stops all
-                rows, position = next(run.loader)
-            pool = run.experiment.logging.pool_every
-            losses = train_step(run.model, run.optimizer, rows, run.step, experiment.objective, run.schedule, run.plan,
-                                world, report_pool=(run.step + 1) % pool == 0 or run.step == 0)
-            watch.train(report(run, losses, time.perf_counter() - start))
-            run.step += 1
-            if due(run.step, experiment.checkpoint.every, run.plan.total_steps):
-                save(run, position, watch)                       # before the evaluation, which could fail
-            evaluate_if_due(run, watch)
-        watch.event("finished", step=run.step, folder=str(run.folder))
+    signals, status = signals or Signals(), status or Status(experiment.out, world.rank, world.size)
+    dist.mark("build", 0)
+    with run_lock(experiment.out, world) as warnings:
+        run = build_run(experiment, world)
+        run.warnings += warnings
+        status.begin(run.step, run.plan.total_steps, dist.gather_json(whoami(), world.device)[0])
+        with run.loader, run.saver, watch_of(run) as watch, out_of_memory(experiment, world.device):
+            go_on(run, watch, signals, status)
     return run
+
+
+def go_on(run: Run, watch: Watch, signals: Signals, status: Status) -> None:
+    """Steps, saves and evaluations, to the end or until a signal. Collective."""
+    experiment, total = run.experiment, run.plan.total_steps
+    saves, position = Saves(run, watch, status), None
+    stop = step_ends(run, signals, saves)
+    greet(run, watch)
+    if run.resumed_from is not None:
+        stop = stop or not evaluate_if_due(run, watch, signals)            # the run may have died before it
+    while not stop and run.step < total:
+        position = advance(run, watch, warm=position is not None)
+        status.step = run.step
+        stop = step_ends(run, signals, saves)
+        last = stop or run.step == total
+        if last or due(run.step, experiment.checkpoint.every, total):
+            saves.save(position, wait=last)                      # before the evaluation, which could fail
+        elif due(run.step, experiment.runtime.compare_every, total):
+            compare_ranks(run.optimizer, run.world)
+        stop = stop or not evaluate_if_due(run, watch, signals)
+    saves.finish(position)
+    leave(run, watch, signals, status, preempted=stop)
+
+
+def greet(run: Run, watch: Watch) -> None:
+    """What the user should know before the first step."""
+    for warning in run.warnings:
+        watch.event("warning", what=warning)
+    compare_ranks(run.optimizer, run.world)
+    if (checkpoint := run.resumed_from) is not None:
+        before = Schedule(checkpoint.experiment.schedule.cycles).lr_scale(max(run.step - 1, 0))
+        changed = [key for entry in run.lineage if entry["step"] == run.step for key in entry["changed"]]
+        watch.event("resumed", checkpoint=str(checkpoint.path), lr_scale_before=before,
+                    lr_scale=run.schedule.lr_scale(run.step), changed=changed or None, set_aside=run.set_aside or None)
+    if run.step == run.plan.total_steps:
+        watch.event("nothing to do", step=run.step)
+
+
+def advance(run: Run, watch: Watch, warm: bool) -> dict[str, Any]:
+    """Make one update and tell of it; returns the data position after its batch. Collective.
+
+    The first update of a life is not `warm`: it compiles, which counts as building.
+    """
+    experiment, step, start = run.experiment, run.step + 1, time.perf_counter()
+    dist.mark("data" if warm else "build", step)
+    with dist.agree(run.world.device):                           # a bad shard on one rank stops all
+        rows, position = next(run.loader)
+    dist.mark("forward/backward" if warm else "build", step)
+    losses = train_step(run.model, run.optimizer, rows, run.step, experiment.objective, run.schedule, run.plan,
+                        run.world, report_pool=step % experiment.logging.pool_every == 0 or step == 1)
+    run.tokens += run.plan.tokens_per_step
+    watch.train(report(run, losses, time.perf_counter() - start))
+    run.step = step
+    return position
+
+
+def step_ends(run: Run, signals: Signals, saves: Saves) -> bool:
+    """The small all-reduce of a step's end: takes the outcome of a save that all ranks have; whether a signal asks any
+    rank to stop. Collective."""
+    asked, finished = dist.sum_integers([signals.asked, run.saver.finished], run.world.device)
+    saves.take(finished)
+    return asked > 0
+
+
+def leave(run: Run, watch: Watch, signals: Signals, status: Status, preempted: bool) -> None:
+    """The last words of a run that ends in order. Collective."""
+    dist.mark("end", run.step)
+    if not preempted:
+        watch.event("finished", step=run.step, folder=str(run.folder))
+        status.tell("finished", run.step)
+        return
+    signals.settle()                                             # all is saved: no signal may spoil the exit code
+    names = dist.gather_json(signals.name, run.world.device)
+    reason = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(names) if name)
+    watch.event("preempted", step=run.step, reason=reason)
+    status.tell("preempted", run.step, reason)
 
 
 def due(step: int, every: int | None, total: int) -> bool:
@@ -68,9 +136,9 @@ def report(run: Run, losses: Losses, seconds: float) -> dict[str, Any]:
     """The train line of metrics.jsonl for the step just made (run.step is still the one before)."""
     tokens_per_s = run.plan.tokens_per_step / seconds
     flops = tokens_per_s * flops_per_token(run.experiment.model)
-    muon_decay = next((b.group.weight_decay for b in run.optimizer.buckets if b.is_muon), 0.0)
+    muon_decay = next((b.group.weight_decay for b in run.optimizer.batches if b.group.kind == "muon"), 0.0)
     return {
-        "step": run.step + 1, "tokens": (run.step + 1) * run.plan.tokens_per_step, "loss": losses.loss,
+        "step": run.step + 1, "tokens": run.tokens, "loss": losses.loss,
         "stage_loss": losses.stage_loss, "pool_loss": losses.pool_loss, "lr_scale": run.schedule.lr_scale(run.step),
         "momentum": run.schedule.momentum(run.step),
         "weight_decay": muon_decay * run.schedule.weight_decay_scale(run.step), "grad_norm": losses.grad_norm,
@@ -79,28 +147,21 @@ def report(run: Run, losses: Losses, seconds: float) -> dict[str, Any]:
     }
 
 
-def save(run: Run, position: dict[str, Any], watch: Watch) -> None:
-    """Commit a checkpoint of the present step, with the data position after the last batch trained on. Collective."""
-    start = time.perf_counter()
-    state = {"step": run.step, "tokens": run.step * run.plan.tokens_per_step, "optimizer_steps": run.optimizer.steps,
-             "position": merge_positions(dist.gather_json(position, run.world.device))}
-    fingerprints = {"config": config_hash(run.experiment), "tokenizer": run.tokenizer.digest}
-    path = save_checkpoint(run.folder, run.experiment, run.world, dict(run.model.named_parameters()),
-                           run.optimizer.state_parts(), state, fingerprints, run.experiment.checkpoint.keep_last,
-                           None if run.resumed_from is None else run.resumed_from.step)
-    watch.event("checkpoint", path=str(path), seconds=round(time.perf_counter() - start, 2))
-
-
-def evaluate_if_due(run: Run, watch: Watch) -> None:
+def evaluate_if_due(run: Run, watch: Watch, signals: Signals) -> bool:
     """Bits per byte and accuracy of every view on evaluation.tokens of the validation split, once a step.
 
-    Collective.
+    Collective. False when a signal on any rank cut it short: it is dropped, and made up for when the run goes on.
     """
     every = run.experiment.evaluation.every
     if not due(run.step, every, run.plan.total_steps) or run.step in watch.evaluated:
-        return
+        return True
+    dist.mark("evaluate", run.step)
     with dist.agree(run.world.device):
         batches = validation(run.experiment, run.tokenizer, run.world)
+    result = evaluate(run.model, batches, run.tokenizer.token_bytes, stop=lambda: signals.asked)
+    if not result:
+        return False
     if not batches.complete:
         watch.event("warning", what=f"the validation split fills {batches.rows} of {batches.rows_wanted} rows wanted")
-    watch.eval(evaluate(run.model, batches, run.tokenizer.token_bytes), run.step)
+    watch.eval(result, run.step)
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -47,12 +48,14 @@ def train_step(model: GPT, optimizer: DistMuonAdamW, rows: Tensor, step: int, ob
         if micro.pool is not None:
             sums[K + 1] += micro.pool
         sums[K + 2] += micro.targets
+        optimizer.take()
     squared_norm = optimizer.reduce()
     flags = torch.zeros(world.size, dtype=torch.float64, device=world.device)
     flags[world.rank] = float(not bool(sums.isfinite().all()))
     flat = dist.all_reduce_sum_(torch.cat([sums, squared_norm.view(1), flags]))
     if not bool(flat.isfinite().all()):
-        _stop(model, optimizer, world, step, flat[K + 4:])
+        optimizer.discard()
+        _stop(model, optimizer, rows, step, objective, scale, world)
     # Losses were divided by the tokens of a full step; masked targets make the real number smaller.
     targets = int(flat[K + 2])
     grad_scale = plan.tokens_per_step / targets if targets else 1.0
@@ -72,15 +75,43 @@ def _losses(sums: list[float], K: int, pool: bool, grad_scale: float) -> Losses:
     )
 
 
-def _stop(model: GPT, optimizer: DistMuonAdamW, world: World, step: int, flags: Tensor) -> NoReturn:
-    """Name the ranks and the first parameter whose loss or gradient is not finite, then raise on all ranks."""
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
-    optimizer.discard()
-    found = dist.gather_json({"parameters": bad[:3], "loss": bool(flags[world.rank])}, world.device)
-    ranks = [r for r, f in enumerate(found) if f["parameters"] or f["loss"]]
-    names: list[str] = next((f["parameters"] for f in found if f["parameters"]), [])
-    what = f"loss or gradient is not finite in step {step + 1}, rank {', '.join(map(str, ranks)) or '?'}"
+def _stop(model: GPT, optimizer: DistMuonAdamW, rows: Tensor, step: int, objective: ObjectiveConfig, scale: float,
+          world: World) -> NoReturn:
+    """Name the ranks, micro-batches and first parameters whose loss or gradient is not finite; raise on all ranks.
+
+    The weights are as before and nothing is random, so doing the step's backward again finds it, without sending.
+    """
+    with optimizer.deaf():
+        mine = find_nonfinite(model, rows.to(world.device, torch.int64), objective, scale)
+    found = dist.gather_json(mine, world.device)
+    ranks = [f"rank {r} (micro-batch {', '.join(str(i * world.size + r) for i in sorted(map(int, f)))})"
+             for r, f in enumerate(found) if f]
+    names = [name for f in found for micro in f.values() for name in micro]
+    what = f"loss or gradient is not finite in step {step + 1}, {', '.join(ranks) or 'in the sum over ranks only'}"
     if names:
-        what += f", first in {', '.join(names)}"
+        what += f", first in {', '.join(names[:3])}"
     raise everywhere(NumericsError(what, do="weights are as before the step: resume from the last checkpoint with a "
                                             "lower learning rate or other data"))
+
+
+def find_nonfinite(model: GPT, rows: Tensor, objective: ObjectiveConfig, scale: float) -> dict[str, list[str]]:
+    """Index of every micro-batch of `rows` (micro_steps, b, T+1) with a loss or gradient that is not finite -> the
+    first parameters, in the order of the backward pass, that have one. Gradients are freed as they are looked at."""
+    bad: list[str] = []
+
+    def look(name: str, param: Tensor) -> None:
+        if param.grad is not None and not bool(param.grad.isfinite().all()) and name not in bad:
+            bad.append(name)
+        param.grad = None
+
+    found = {}
+    hooks = [p.register_post_accumulate_grad_hook(partial(look, name))
+             for name, p in model.named_parameters() if p.requires_grad]
+    for i, batch in enumerate(rows.unbind(0)):
+        bad.clear()
+        losses = backward_stages(model, batch[:, :-1], batch[:, 1:], objective, scale)
+        if bad or not bool(losses.total.isfinite()):
+            found[i] = bad[:3]
+    for hook in hooks:
+        hook.remove()
+    return {str(i): names for i, names in found.items()}

@@ -3,7 +3,7 @@
 The only place that talks during training. Rank 0 tells all of it, the other ranks write their own log. On a terminal
 it is a live display (console.py), elsewhere plain lines. metrics.jsonl holds one JSON object per line with a "kind":
 "train", "eval" or "event"; a resumed run first drops the lines after its checkpoint, so the file ends up equal to an
-uninterrupted run's but for timings and events.
+uninterrupted run's but for timings and events. A disk that is full stops no training: see journal.py.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from rich.console import Console
 
 from nanopoe import dist
 from nanopoe.checkpoint.files import replace_file
-from nanopoe.errors import ConfigError, StorageError
+from nanopoe.errors import ConfigError
 from nanopoe.train.console import Display, Header, eval_line, train_line
+from nanopoe.train.journal import Journal
 
 METRICS = "metrics.jsonl"
 __all__ = ["Header", "Watch", "clean", "rank_log", "truncate_metrics"]
@@ -33,7 +35,7 @@ class Watch:
     `start_step` is the number of updates already made (0 for a new run): metrics of later steps are dropped.
     `every`, `wandb_mode` and `wandb_project` are logging.every, .wandb and .wandb_project; `config` is what wandb
     records. `evaluated` holds the steps whose evaluation metrics.jsonl already has, the same on every rank.
-    Errors: StorageError when the run folder cannot be written, ConfigError when wandb cannot start.
+    Errors: StorageError when the run folder cannot be written at the start, ConfigError when wandb cannot start.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], header: Header, world: dist.World, *, start_step: int = 0,
@@ -44,14 +46,15 @@ class Watch:
         self.evaluated: set[int] = set()
         self.console = console or Console(highlight=False)
         self._display: Display | None = None
-        self._metrics: TextIO | None = None
+        self._metrics: Journal | None = None
+        self._full: set[Path] = set()              # files that were told to wait for the disk
         self._wandb: Any = None
         self._smooth = Smooth()
         with dist.agree(world.device):
-            self._log = _open(rank_log(self.run_dir, self.rank))
+            self._log = Journal(rank_log(self.run_dir, self.rank))
             if self.rank == 0:
                 self.evaluated = truncate_metrics(self.run_dir / METRICS, start_step)
-                self._metrics = _open(self.run_dir / METRICS)
+                self._metrics = Journal(self.run_dir / METRICS)
                 if wandb_mode != "disabled":
                     self._wandb = start_wandb(self.run_dir, header.name, wandb_mode, wandb_project, config or {})
         self.evaluated = set(dist.gather_json(sorted(self.evaluated), world.device)[0])
@@ -105,24 +108,42 @@ class Watch:
         if self._wandb is not None:
             self._try_wandb("finish", exit_code=int(failed))
             self._wandb = None
-        for file in (self._metrics, self._log):
-            if file is not None:
-                file.close()
+        for journal in (self._metrics, self._log):
+            if journal is not None:
+                journal.close()
+                if journal.trouble is not None:
+                    self._print(f"warning: {journal.path} lacks its last {journal.pending} lines: {journal.trouble}")
         self._metrics = None
 
     # -- where it goes -----------------------------------------------------------------------------------------
 
     def _say(self, text: str, live: bool = True) -> None:
         """A line to this rank's log and, on rank 0, to the console; with a live display only if `live`."""
-        if not self._log.closed:
-            _write(self._log, f"{_now()} {text}")
+        self._write(self._log, f"{_now()} {text}")
         if self.rank == 0 and (self._display is None or live):
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        """A line to the console; on other ranks, which have none, to stderr."""
+        if self.rank == 0:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True)
+
+    def _write(self, journal: Journal, line: str) -> None:
+        """A line to a file, or to memory while the disk refuses it, which is told once a time."""
+        journal.write(line)
+        if journal.trouble is not None and journal.path not in self._full:
+            self._full.add(journal.path)
+            self._print(f"warning: {journal.path} cannot be written: {journal.trouble}; its lines wait in memory")
+        elif journal.trouble is None and journal.path in self._full:
+            self._full.remove(journal.path)
+            self._print(f"{journal.path} is written again, and complete")
 
     def _record(self, line: dict[str, Any]) -> None:
         """A line to metrics.jsonl and wandb."""
         if self._metrics is not None:
-            _write(self._metrics, json.dumps(line, allow_nan=False))
+            self._write(self._metrics, json.dumps(line, allow_nan=False))
         if self._wandb is not None and line["kind"] != "event":
             self._try_wandb("log", flatten(line))
 
@@ -254,23 +275,6 @@ def truncate_metrics(path: Path, step: int) -> set[int]:
 def rank_log(run_dir: Path, rank: int) -> Path:
     """Where a rank keeps its lines and tracebacks."""
     return run_dir / "logs" / f"rank_{rank}.log"
-
-
-def _open(path: Path) -> TextIO:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "a", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot open: {error.strerror or error}", path, "check the run folder's rights") from error
-
-
-def _write(file: TextIO, text: str) -> None:
-    try:
-        file.write(text + "\n")
-        file.flush()
-    except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror or error}", file.name,
-                           "free some space and resume") from error
 
 
 def _now() -> str:

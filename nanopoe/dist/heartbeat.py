@@ -1,0 +1,219 @@
+"""The heartbeat: every rank says twice a second that it lives and where it is, and finds out which rank is lost.
+
+A collective that fails says only that some rank is gone, and one that hangs says nothing (NCCL's cannot even be
+interrupted). So a thread of each rank writes a record to the store of the rendezvous, on a connection of its own, and
+reads those of all others (roll.py has the rules). When a collective fails, `blame` names who is lost. When none fails,
+the thread itself tells, keeps the stacks in the rank's log and ends the process with exit code 6.
+
+There is no heartbeat on one rank, nor where the ranks meet by a file. torchrun's agent holds the store and outlives its
+ranks; without torchrun rank 0 holds it, and its loss is rank 0's. A lost store of an agent stops no run that moves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+
+from nanopoe.dist.roll import BEAT_S, NOTICE_S, Record, Roll, Verdict, machine, process, process_state
+from nanopoe.errors import NanopoeError, PeerError, dump_stacks, leave_at_once, report
+
+LEAVE_S = 15.0                   # seconds that a rank which has failed may take to end
+GO_ON = "start again to go on from the last checkpoint"
+
+
+@dataclass
+class Pulse:
+    """Where this rank is. Written by the training thread only."""
+
+    step: int = 0
+    phase: str = "build"
+    moves: int = 0
+    entered: int = 0                 # collectives of training's own group
+    waiting: bool = False            # in one, with nothing else to do
+
+
+pulse = Pulse()
+_heartbeat: Heartbeat | None = None
+_listeners: list[Callable[[PeerError], None]] = []
+
+
+def mark(phase: str, step: int | None = None) -> None:
+    """This rank has come so far: `phase` of `step`, null for the last mark's step. Every call counts as progress."""
+    pulse.phase, pulse.step = phase, pulse.step if step is None else step
+    pulse.moves += 1
+
+
+def when_lost(tell: Callable[[PeerError], None]) -> None:
+    """Call `tell` before the heartbeat's thread ends this process because a rank is lost; from that thread, once."""
+    _listeners.append(tell)
+
+
+def blame(reason: str) -> PeerError:
+    """The error for a collective that failed for `reason`, naming who is lost where a heartbeat tells."""
+    if _heartbeat is None:
+        return PeerError(f"another rank is gone or hangs: {reason}", f"rank {dist.get_rank()}",
+                         f"its own message and log say why; {GO_ON}")
+    return _heartbeat.explain(reason)
+
+
+def start(store: dist.Store, rank: int, size: int, timeout_s: float, held_by_rank_0: bool) -> None:
+    """Begin to beat: `store` is a connection that nobody else uses. Ended by `stop`."""
+    global _heartbeat
+    _heartbeat = Heartbeat(store, rank, size, timeout_s, held_by_rank_0)
+    _heartbeat.start()
+
+
+def stop(error: BaseException | None) -> None:
+    """This rank leaves, in order or with an error. With an error it must end within LEAVE_S, or it is ended."""
+    global _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.leave(error)
+    _heartbeat = None
+    _listeners.clear()
+
+
+class Heartbeat(threading.Thread):
+    """The thread. Only it touches the store; who tells of a lost rank holds `_telling`, so that it is told once."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, held_by_rank_0: bool):
+        super().__init__(name="heartbeat", daemon=True)
+        here, mine = machine(), process(os.getpid())
+        self.rank, self.timeout_s = rank, timeout_s
+        self.roll = Roll(size, timeout_s, lambda record: process_state(record, here))
+        self._store, self._held_by_rank_0 = store, held_by_rank_0
+        self._record = Record(0, 0, "build", 0, 0, False, socket.gethostname(), here if mine else "", os.getpid(),
+                              mine[1] if mine else "")
+        self._known: list[int] = []                     # ranks whose record is in the store
+        self._blind = ""                                # why the store can no longer be read
+        self._telling = threading.Lock()
+        self._told: PeerError | None = None
+        self._wake, self._published = threading.Event(), threading.Event()
+        self._left: tuple[str, tuple[int, ...]] | None = None       # last words, and the ranks they blame
+        self._end: tuple[float, int] | None = None      # when this process is ended at the latest, and its exit code
+
+    def run(self) -> None:
+        last = time.monotonic()
+        while True:
+            now = time.monotonic()
+            self._beat(now - last)
+            last = now
+            if self._record.left is not None:
+                self._published.set()
+                if self._end is None:
+                    return
+            if self._end is not None and now > self._end[0]:
+                leave_at_once(self._end[1])
+            self._wake.wait(BEAT_S)
+            self._wake.clear()
+
+    def _beat(self, seconds: float) -> None:
+        """Say where this rank is, hear the others, and judge unless it is leaving already."""
+        records = self._exchange()
+        self.roll.hear({**records, self.rank: self._record}, seconds)
+        if self._left is None and self._told is None and self._telling.acquire(blocking=False):
+            verdict = (self.roll.gone(NOTICE_S) or self._alone()) if self._blind else self.roll.judge()
+            if verdict is not None:
+                self._tell_and_end(verdict)
+            self._telling.release()
+
+    def _exchange(self) -> dict[int, Record]:
+        left, blames = self._left or (None, ())
+        self._record = replace(
+            self._record, beat=self._record.beat + 1, step=pulse.step, phase=pulse.phase, moves=pulse.moves,
+            entered=pulse.entered, waiting=pulse.waiting, left=left, blames=blames)
+        if self._blind:                                 # the processes of this machine can be looked at all the same
+            return {r: p.record for r, p in enumerate(self.roll.peers) if p.record is not None}
+        try:
+            self._store.set(str(self.rank), self._record.encode())
+            return self._read()
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            self._blind = first_line(error)
+            return {}
+
+    def _read(self) -> dict[int, Record]:
+        if len(self._known) < len(self.roll.peers):
+            self._known = [r for r in range(len(self.roll.peers)) if self._store.check([str(r)])]
+        texts = self._store.multi_get([str(r) for r in self._known])
+        return {r: Record.decode(text) for r, text in zip(self._known, texts, strict=True)}
+
+    def _alone(self) -> Verdict | None:
+        """Without the store only this rank's own state is known: it may not wait for ever."""
+        mine = self.roll.peers[self.rank]
+        if not pulse.waiting or self.roll.clock - mine.moved < self.timeout_s:
+            return None
+        return self._without_store() or Verdict(
+            (), f"waits for the others since step {pulse.step} ({pulse.phase}), and the store is gone: {self._blind}")
+
+    def _without_store(self) -> Verdict | None:
+        if not self._held_by_rank_0:
+            return None
+        return self.roll.verdict([0], lambda _: "is gone, and the store of the rendezvous with it")
+
+    def _tell_and_end(self, verdict: Verdict) -> None:
+        """Tell that a rank is lost and end this process, from the thread: the training thread cannot be reached."""
+        lost = self._error(verdict)
+        limit = threading.Timer(LEAVE_S, leave_at_once, [lost.exit_code])      # a disk may hang as well
+        limit.daemon = True
+        limit.start()
+        self._left = last_words(lost)
+        self._exchange()
+        report(lost)
+        dump_stacks(lost.render())
+        for tell in _listeners:
+            tell(lost)
+        for pid in self.roll.stopped(verdict.ranks):       # it is lost anyway: let it say where it is, and end as well
+            os.kill(pid, signal.SIGUSR2)
+            os.kill(pid, signal.SIGCONT)
+        leave_at_once(lost.exit_code)
+
+    def _error(self, verdict: Verdict) -> PeerError:
+        lost = PeerError(verdict.what, f"rank {self.rank}", GO_ON)
+        lost.ranks = verdict.ranks
+        return lost
+
+    # -- from the other threads ------------------------------------------------------------------------------------
+
+    def explain(self, reason: str) -> PeerError:
+        """Who is lost, after a collective failed; waits until the roll shows it, 2.5 s at most."""
+        with self._telling:                             # a telling heartbeat never lets go of it: it ends the process
+            if self._told is not None:
+                return self._told
+            verdict, end = None, time.monotonic() + NOTICE_S + 2 * BEAT_S
+            while verdict is None and time.monotonic() < end:
+                time.sleep(BEAT_S / 5)
+                verdict = (self.roll.gone() or self._without_store()) if self._blind else self.roll.explain()
+            self._told = self._error(verdict or Verdict((), f"another rank is gone or hangs: {reason}"))
+            self._end = time.monotonic() + LEAVE_S, self._told.exit_code
+            return self._told
+
+    def leave(self, error: BaseException | None) -> None:
+        """Say that this rank leaves. Without an error the thread ends too."""
+        if error is not None:
+            self._end = time.monotonic() + LEAVE_S, getattr(error, "exit_code", 1)
+        self._left = last_words(error)
+        self._wake.set()
+        self._published.wait(2 * BEAT_S)
+
+
+def last_words(error: BaseException | None) -> tuple[str, tuple[int, ...]]:
+    """What a rank says of why it leaves, empty if in order, and the ranks it blames for it."""
+    if error is None:
+        return "", ()
+    if isinstance(error, PeerError) and error.ranks:
+        return error.what, error.ranks
+    text = error.render() if isinstance(error, NanopoeError) else f"{type(error).__name__}: {error}"
+    return text.partition("\n")[0], ()
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of an error of torch, without its source line and rank."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^]]*\] *", "", text).split(". ")[0]

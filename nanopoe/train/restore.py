@@ -1,0 +1,120 @@
+"""From a checkpoint back to a model: found, verified by all ranks together, checked against what is to be filled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanopoe import dist
+from nanopoe.checkpoint import Checkpoint, list_steps, open_checkpoint, open_tokenizer, set_bad, step_before
+from nanopoe.checkpoint.container import DTYPE_NAMES
+from nanopoe.checkpoint.store import hinted
+from nanopoe.config import Experiment
+from nanopoe.dist import World
+from nanopoe.errors import CheckpointError, everywhere
+from nanopoe.model import GPT
+from nanopoe.optim import DistMuonAdamW
+from nanopoe.optim.kernels import second_moment_shape
+from nanopoe.tokenizer import Tokenizer
+
+
+def find_checkpoint(experiment: Experiment, world: World, warnings: list[str]) -> Checkpoint | None:
+    """What to go on from: resume.step, else the newest, else nothing; verified, every rank its share. Collective.
+
+    A damaged newest one is refused; with resume.fallback it is renamed to bad_*, `warnings` say so, and the one before
+    is taken.
+    """
+    out, wanted = experiment.out, experiment.resume.step
+    while True:
+        with dist.agree(world.device):
+            newest = list_steps(out)[-1:]
+        newest = dist.gather_json(newest, world.device)[0]               # what rank 0 sees
+        if wanted is None and not newest:
+            return None
+        step = newest[0] if wanted is None else wanted
+        try:
+            return open_verified(out, step, world)
+        except CheckpointError as error:
+            before = dist.gather_json(step_before(out, step) if wanted is None else None, world.device)[0]
+            if before is None:
+                raise
+            if not experiment.resume.fallback:
+                do = f"{error.do}; to go on from that one and keep this as bad_*, set resume.fallback=true"
+                raise everywhere(CheckpointError(error.what, error.where, do)) from error
+            with dist.agree(world.device):
+                if world.is_main:
+                    bad = set_bad(out, step)
+                    warnings.append(f"step {step} is damaged ({error.what}) and now {bad.name}; step {before} is next")
+
+
+def open_verified(run_dir: str | Path, step: int | None, world: World) -> Checkpoint:
+    """Open a checkpoint and hash all of it, every rank its share. Collective."""
+    with dist.agree(world.device):
+        checkpoint = open_checkpoint(run_dir, step)
+        try:
+            checkpoint.verify(world.rank, world.size)
+        except CheckpointError as error:
+            raise hinted(error, run_dir, checkpoint.step) from error
+    checkpoint.mark_verified()
+    return checkpoint
+
+
+def check_weights(model: GPT, checkpoint: Checkpoint) -> None:
+    """CheckpointError naming the parameters that are missing, unknown or of another shape; reads none of them."""
+    expected = {name: (DTYPE_NAMES[p.dtype], tuple(p.shape)) for name, p in model.named_parameters()}
+    check_tensors(expected, checkpoint, "the model")
+
+
+def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
+    """Every parameter from the checkpoint, one after the other; CheckpointError as of check_weights."""
+    check_weights(model, checkpoint)
+    for name, p in model.named_parameters():
+        p.data.copy_(checkpoint.read(name))
+
+
+def check_state(optimizer: DistMuonAdamW, checkpoint: Checkpoint) -> None:
+    """CheckpointError naming the optimizer state that is missing, unknown or of another shape."""
+    expected = {}
+    for name in optimizer.state_names():
+        param, slot = name.split("::")
+        p = optimizer.params[param]
+        shape = second_moment_shape(*p.shape) if slot == "second" else tuple(p.shape)
+        expected[name] = (DTYPE_NAMES[p.dtype], shape)
+    check_tensors(expected, checkpoint, "the optimizer")
+
+
+def check_tensors(expected: dict[str, tuple[str, tuple[int, ...]]], checkpoint: Checkpoint, whose: str) -> None:
+    found = checkpoint.weights if whose == "the model" else checkpoint.optimizer_state
+    missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
+    for problem, names in (("lacks", missing), ("has unknown", unknown)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"{problem} {', '.join(sorted(names)[:3])}{more}", checkpoint.path,
+                                  "use the run's own config")
+    for name, (dtype, shape) in expected.items():
+        if (found[name].dtype, found[name].shape) != (dtype, shape):
+            raise CheckpointError(f"{name} is {found[name].dtype} {list(found[name].shape)}, {whose} has {dtype} "
+                                  f"{list(shape)}", checkpoint.path, "use the run's own config")
+
+
+def stored(checkpoint: Checkpoint, key: str, kind: type) -> Any:
+    """A field of the train state; CheckpointError if it is not there."""
+    value = checkpoint.state.get(key)
+    if type(value) is not kind:
+        raise CheckpointError(f"state.json has no {key}", checkpoint.path, "it cannot be trained on; use another step")
+    return value
+
+
+def load_trained(run_dir: str | Path, step: int | None, world: World) -> tuple[GPT, Tokenizer, Checkpoint]:
+    """A trained model with its tokenizer, to evaluate, generate or export; fp32 arithmetic. Collective."""
+    checkpoint = open_verified(run_dir, step, world)
+    with dist.agree(world.device):
+        tokenizer = open_tokenizer(run_dir, checkpoint)
+        with torch.device("meta"):
+            model = GPT(checkpoint.experiment.model)
+        check_weights(model, checkpoint)
+        model.to_empty(device=world.device)
+        load_weights(model, checkpoint)
+    return model.eval(), tokenizer, checkpoint

@@ -1,0 +1,63 @@
+"""What can be seen of a run from outside, and when to strike: in its build, a step, a save, a rotation, an evaluation."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nanopoe.checkpoint import list_steps
+from tests.faults.harness import Life, Torchrun, leftovers, losses
+
+
+def strike_at(life: Life | Torchrun, spy: Spy, phase: str, draw: random.Random, lasts: dict[str, float]) -> bool:
+    """Wait for a moment in a phase of this life, of `lasts` seconds; False if the run ends before."""
+    count = draw.randint(1, 3)
+    begun: Callable[[], Any] = {
+        "any": lambda: listens(life), "build": lambda: listens(life), "training": lambda: spy.trained() >= count,
+        "save": lambda: spy.saving() >= count, "rotation": lambda: spy.new(".trash-"),
+        "evaluation": lambda: spy.evaluating(int(lasts["every"]))}[phase]
+    while not begun():
+        if not life.alive:
+            return False
+        time.sleep(0.0003)
+    time.sleep(draw.uniform(0, lasts.get(phase, 0.0)))
+    return life.alive
+
+
+def listens(life: Life | Torchrun) -> bool:
+    """Whether all ranks have their signal handlers, of which SIGUSR2's is the last."""
+    def caught(pid: int) -> bool:
+        try:
+            mask = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        except OSError:
+            return False
+        return mask is not None and bool(int(mask[1], 16) >> (signal.SIGUSR2 - 1) & 1)
+
+    pids = life.pids
+    return bool(pids) and all(map(caught, pids))
+
+
+def lasting(whole: Path, every: int) -> dict[str, float]:
+    """Seconds that the phases last, from the metrics of an undisturbed run with an evaluation `every` so many steps."""
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    saves = sorted(line["seconds"] for line in lines if line.get("event") == "checkpoint")
+    evaluations = sorted(line["seconds"] for line in lines if line["kind"] == "eval")
+    return {"any": 2.0, "build": 0.4, "training": 0.2, "save": saves[len(saves) // 2], "rotation": 0.0,
+            "evaluation": evaluations[len(evaluations) // 2], "every": every}
+
+
+def last_line(metrics: Path) -> dict[str, Any]:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    return found
+
+
+def last_step(run_dir: Path) -> int:
+    """Of the train lines in metrics.jsonl."""
+    return max(losses(run_dir), default=0) if (run_dir / "metrics.jsonl").exists() else 0
