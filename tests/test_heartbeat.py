@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from nanopoe import dist, errors
 from nanopoe.dist import World, roll
 from nanopoe.dist.roll import Record, Roll, State
 from nanopoe.errors import PeerError, entrypoint
+from nanopoe.train import signals
 
 HERE = Record(1, 12, "forward/backward", 5, 40, False, "node", "m", 77, "1")
 WAITS = replace(HERE, waiting=True, entered=41)
@@ -286,6 +288,27 @@ def test_a_stopped_rank_is_named_and_woken(tmp_path: Path) -> None:
     assert ranks[0].code == 6 and ranks[0].seconds < 10, ranks
     assert "rank 1 is stopped (State: T), last seen in step" in ranks[0].err, ranks
     assert ranks[1].seconds < 20, "it does not stay behind"
+
+
+def asked_twice(world: World) -> None:
+    """Rank 0 waits in a collective, where no handler of Python's runs, and is asked to stop a second time."""
+    signals.SAME_S = 0.2
+    with signals.Signals() as asked:
+        dist.mark("data", 3)
+        if world.rank == 1:
+            time.sleep(30)
+        threading.Thread(target=lambda: [os.kill(os.getpid(), signal.SIGTERM) or time.sleep(1) for _ in range(2)],
+                         daemon=True).start()
+        dist.all_reduce_sum_(torch.ones(2))
+        assert not asked.asked
+
+
+def test_a_second_signal_reaches_a_rank_that_waits(tmp_path: Path) -> None:
+    ranks = live(asked_twice, folder=tmp_path)
+    assert ranks[0].code == 128 + signal.SIGTERM and ranks[0].seconds < 10, ranks
+    assert "left at once" in ranks[0].err
+    assert ranks[1].code == 6 and ranks[1].seconds - ranks[0].seconds < 4, "told while it waits in no collective"
+    assert ranks[1].err.startswith("error[peer] rank 1: rank 0 is gone, last seen in step 3 (data, pid "), ranks
 
 
 def test_who_does_not_come_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanopoe.checkpoint.container import DTYPES, unreadable
+from nanopoe.checkpoint.container import DTYPES, JSON_VALUES, unreadable, values_in
 from nanopoe.checkpoint.files import DurableFile
 from nanopoe.errors import CheckpointError
 
@@ -94,8 +94,8 @@ def tensor_entry(shape: list[int], dtype: str, parts: list[dict[str, Any]]) -> d
 def write_json(path: Path, value: Any, indent: int | None = None) -> dict[str, Any]:
     """Write and fsync JSON; its manifest entry. CheckpointError if it would be too large to be read again."""
     text = json.dumps(value, sort_keys=True, allow_nan=False, indent=indent).encode() + b"\n"
-    if len(text) > JSON_LIMIT:
-        raise CheckpointError(f"would be larger than {JSON_LIMIT >> 20} MiB", path,
+    if len(text) > JSON_LIMIT or values_in(text) > JSON_VALUES:
+        raise CheckpointError(f"would be larger than {JSON_LIMIT >> 20} MiB or {JSON_VALUES:,} values", path,
                               "use fewer lanes or smaller buffers (data.lanes, data.buffer_documents)")
     with DurableFile(path) as file:
         file.write(text)
@@ -125,6 +125,8 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
         raise ValueError(f"{constant} is no JSON")
 
     try:
+        if values_in(raw) > JSON_VALUES:
+            raise ValueError(f"over {JSON_VALUES:,} values")
         value = json.loads(raw.decode("utf-8"), parse_constant=refuse)
         level = [value]
         for _ in range(JSON_DEPTH):

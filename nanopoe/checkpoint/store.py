@@ -15,7 +15,7 @@ from torch import Tensor
 from nanopoe.checkpoint.container import DTYPES, Stored, raw_chunks, read_header, read_rows, unreadable
 from nanopoe.checkpoint.format import CONFIG, MANIFEST, STATE, Entry, Part, open_manifest, read_json
 from nanopoe.config import Experiment, experiment_from_dict
-from nanopoe.errors import CheckpointError
+from nanopoe.errors import CheckpointError, ConfigError
 from nanopoe.tokenizer import Tokenizer
 
 STEP_FOLDER = re.compile(r"step_(\d{8,18})")
@@ -40,7 +40,11 @@ class Checkpoint:
 
     @cached_property
     def experiment(self) -> Experiment:
-        return experiment_from_dict(self._json(CONFIG), str(self.path / CONFIG))
+        try:
+            return experiment_from_dict(self._json(CONFIG), str(self.path / CONFIG))
+        except ConfigError as error:
+            what = f"holds no experiment: {(error.problems or [error.what])[0][:200]}"
+            raise CheckpointError(what, self.path / CONFIG, "use the nanopoe that wrote it, or another step") from error
 
     @cached_property
     def state(self) -> dict[str, Any]:

@@ -148,10 +148,11 @@ def gradients_on_their_way(exp: Experiment, trained: dict[str, tuple[int, ...]],
     if micro_batches == world_size == 1:
         return 0
     sizes = {name: FP32 * math.prod(shape) for name, shape in trained.items()}
-    shared = sizes["lm_head.weight"] if exp.model.poe_mode != "none" else 0
+    all_stages = ("lm_head.weight", "resid_lambdas", "x0_lambdas") if exp.model.poe_mode != "none" else ()
+    shared = sum(sizes[name] for name in all_stages)
     if world_size == 1:
         return shared + max(sizes.values())
-    in_flight = min(FLIGHT_BYTES, sum(sizes.values())) + 2 * max(sizes.values())
+    in_flight = FLIGHT_BYTES + 2 * max(sizes.values())
     if exp.runtime.numerics == "strict":                          # an owner gets every rank's
         in_flight += world_size * in_flight
     return shared + in_flight

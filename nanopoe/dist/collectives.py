@@ -54,6 +54,11 @@ class Pending:
     def __init__(self, work: dist.Work, group: Group | None, *tensors: Tensor):
         self._work, self._group, self._tensors = work, group, tensors
 
+    @property
+    def done(self) -> bool:
+        """Whether wait() would not have to wait."""
+        return bool(self._work.is_completed())
+
     def wait(self) -> None:
         with _peers(self._group, enters=False):
             self._work.wait()
@@ -70,6 +75,8 @@ def all_reduce_sum_(tensor: Tensor, group: Group | None = None) -> Tensor:
 
 def sum_integers(values: Sequence[int], device: torch.device | str = "cpu", group: Group | None = None) -> list[int]:
     """Each of a few integers summed over ranks, in one collective."""
+    if size() == 1:
+        return [int(v) for v in values]
     return [int(v) for v in all_reduce_sum_(torch.tensor(values, dtype=torch.int64, device=device), group).tolist()]
 
 

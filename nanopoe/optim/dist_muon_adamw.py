@@ -159,7 +159,8 @@ class DistMuonAdamW:
         self._taken.add(name)
         for piece in self._pieces[name]:
             self._send(piece, grad[piece.low:piece.high], whole=len(self._pieces[name]) == 1)
-        while len(self.flights) > 1 and sum(f.grad.nbytes for f in self.flights) > FLIGHT_BYTES:
+        while len(self.flights) > 1 and (self.flights[0].work.done or
+                                         sum(f.grad.nbytes for f in self.flights) > FLIGHT_BYTES):
             self._land(self.flights.popleft())
 
     def _send(self, piece: Piece, grad: Tensor, whole: bool) -> None:

@@ -100,9 +100,9 @@ def check_tensors(expected: dict[str, tuple[str, tuple[int, ...]]], checkpoint: 
 
 
 def stored(checkpoint: Checkpoint, key: str, kind: type) -> Any:
-    """A field of the train state; CheckpointError if it is not there."""
+    """A field of the train state; CheckpointError if it is not there, or is an integer that is no count."""
     value = checkpoint.state.get(key)
-    if type(value) is not kind:
+    if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63):
         raise CheckpointError(f"state.json has no {key}", checkpoint.path, "it cannot be trained on; use another step")
     return value
 

@@ -51,7 +51,10 @@ def check_resume(experiment: Experiment, checkpoint: Checkpoint, tokenizer: Toke
         raise CheckpointError(f"was trained with {told(unasked)}", where,
                               f"use the saved config.json's values, or resume.allow=[{groups}] if it is meant, or "
                               "another run_dir for a new run")
-    lineage: Lineage = list(checkpoint.state.get("lineage", []))
+    lineage = checkpoint.state.get("lineage")
+    if not (isinstance(lineage, list) and all(isinstance(entry, dict) and entry.keys() == {"step", "changed"}
+                                              and isinstance(entry["changed"], dict) for entry in lineage)):
+        raise CheckpointError("state.json has no lineage", where, "it cannot be trained on; use another step")
     return [*lineage, {"step": checkpoint.step, "changed": changed}] if changed else lineage
 
 

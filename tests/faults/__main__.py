@@ -33,10 +33,12 @@ def main() -> int:
     for fault in (FAULTS[i] for i in args.ids or FAULTS):
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             start = time.monotonic()
-            report = fault.run(Room(Path(folder), args.seed), args.trials or (fault.short if args.short else fault.full))
+            trials = args.trials or (fault.short if args.short else fault.full)
+            report = fault.run(Room(Path(folder), args.seed), trials)
             seconds = time.monotonic() - start
         remark = f" ({report.note})" if report.note else ""
-        print(f"{fault.id:4} {report.trials:6d} {len(report.failures):8d} {seconds:8.1f}  {fault.what}{remark}", flush=True)
+        print(f"{fault.id:4} {report.trials:6d} {len(report.failures):8d} {seconds:8.1f}  {fault.what}{remark}",
+              flush=True)
         for line in report.failures[:10]:
             print(f"       {line}", flush=True)
         failed += len(report.failures)

@@ -2,7 +2,7 @@
 
 A fault is a function `(room, trials) -> Report` registered under its id. Runs are started by a fork server that has
 torch imported (a trial then costs a second, not five) but go through the real command line: argv, environment of
-torchrun where there are several ranks, signals, exit codes. `python -m tests.faults` prints id, trials, failures, seconds.
+torchrun where there are several ranks, signals, exit codes. `python -m tests.faults` prints a line for each.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Life:
     def __init__(self, run_dir: Path, arguments: list[str], ranks: int):
         self.run_dir, self.console = run_dir, run_dir.with_suffix(".log")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "nanopoe.train.loop", "scripts.train", "tests.faults.harness"])
+        context.set_forkserver_preload(["torch._dynamo", "nanopoe.train.loop", "scripts.train", "tests.faults.harness"])
         port = free_port() if ranks > 1 else 0
         self.started = time.monotonic()
         self.ranks: list[BaseProcess] = []

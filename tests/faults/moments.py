@@ -1,4 +1,4 @@
-"""What can be seen of a run from outside, and when to strike: in its build, a step, a save, a rotation, an evaluation."""
+"""What is seen of a run from outside, and so when to strike: in a step, a save, a rotation, an evaluation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,39 @@ from typing import Any
 
 from nanopoe.checkpoint import list_steps
 from tests.faults.harness import Life, Torchrun, leftovers, losses
+
+
+class Spy:
+    """What can be seen from outside of one life of a run; made before that begins."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.metrics = run_dir, run_dir / "metrics.jsonl"
+        self.there = set(leftovers(run_dir, "."))
+        self.newest = max(list_steps(run_dir), default=0)
+        self.stale = self._inode() if last_step(run_dir) > self.newest else None
+        self.saves: set[str] = set()
+
+    def new(self, prefix: str) -> list[str]:
+        """Folders with this prefix that this life made."""
+        return [name for name in leftovers(self.run_dir, prefix) if name not in self.there]
+
+    def saving(self) -> int:
+        """While a save writes: how many it is of this life; else 0."""
+        now = self.new(".tmp-")
+        self.saves.update(now)
+        return len(self.saves) if now else 0
+
+    def trained(self) -> int:
+        """Steps that this life made so far. It drops the lines of lost ones by replacing the file."""
+        return max(0, last_step(self.run_dir) - self.newest) if self._inode() != self.stale else 0
+
+    def evaluating(self, every: int) -> bool:
+        """Whether the last line is of a step after which there is an evaluation."""
+        line = last_line(self.metrics) if self.trained() else {}
+        return line.get("kind") == "train" and line["step"] % every == 0
+
+    def _inode(self) -> int:
+        return self.metrics.stat().st_ino if self.metrics.exists() else 0
 
 
 def strike_at(life: Life | Torchrun, spy: Spy, phase: str, draw: random.Random, lasts: dict[str, float]) -> bool:
@@ -48,7 +81,7 @@ def lasting(whole: Path, every: int) -> dict[str, float]:
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     saves = sorted(line["seconds"] for line in lines if line.get("event") == "checkpoint")
     evaluations = sorted(line["seconds"] for line in lines if line["kind"] == "eval")
-    return {"any": 2.0, "build": 0.4, "training": 0.2, "save": saves[len(saves) // 2], "rotation": 0.0,
+    return {"any": 2.0, "build": 0.4, "training": 0.2, "save": saves[len(saves) // 2] / 2, "rotation": 0.0,
             "evaluation": evaluations[len(evaluations) // 2], "every": every}
 
 

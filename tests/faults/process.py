@@ -20,17 +20,16 @@ from nanopoe.checkpoint.store import checkpoints_of, folder_of, opens
 from nanopoe.train.status import read_status
 from tests.faults.harness import Life, Report, Room, Torchrun, digest_of, fault, losses, torn
 from tests.faults.moments import Spy, last_step, lasting, strike_at
-from tests.faults.resume import CYCLE, told
+from tests.faults.resume import CYCLE, alike, told
 
 EVERY, STEPS = 2, 40
 # Wide and flat: a save takes some milliseconds, a step not many more. Strict, so that 1 and 2 ranks are one run.
-WIDE = {"model.n_layer": 2, "model.poe_every": 1, "model.n_embd": 128, "runtime.numerics": "strict",
+WIDE = {"model.n_layer": 2, "model.poe_every": 1, "model.n_embd": 64, "runtime.numerics": "strict",
         "runtime.timeout_s": 20, "schedule.cycles": [{**CYCLE, "steps": STEPS}], "checkpoint.every": EVERY,
         "checkpoint.keep_last": 2, "evaluation.every": 10, "logging.pool_every": 100}
-# Twelve micro-batches on twelve lanes, for 2 and 4 ranks.
-TWELVE = {**WIDE, "model.n_embd": 32, "batch.device_batch_size": 1, "batch.tokens_per_step": 32 * 12, "data.lanes": 12,
-          "schedule.cycles": [{**CYCLE, "steps": 26}], "checkpoint.every": 4, "checkpoint.keep_last": None,
-          "evaluation.every": 5}
+# Four micro-batches on four lanes, for 2 and 4 ranks; all checkpoints stay.
+FOUR = {**WIDE, "model.n_embd": 32, "batch.device_batch_size": 2, "schedule.cycles": [{**CYCLE, "steps": 26}],
+        "checkpoint.every": 4, "checkpoint.keep_last": None, "evaluation.every": 5}
 
 
 # -- runs with many lives ---------------------------------------------------------------------------------------------
@@ -41,7 +40,7 @@ class Chain:
     def __init__(self, room: Room, report: Report, **changes: Any):
         self.room, self.report, self.changes, self.runs = room, report, changes, 1
         self.whole = room.whole("whole", 1, **changes)
-        self.end, self.metrics = digest_of(self.whole), told(self.whole)
+        self.end, self.metrics = digest_of(self.whole), metrics_of(self.whole)
         self.steps = max(losses(self.whole))
 
     @property
@@ -60,7 +59,7 @@ class Chain:
         steps = list_steps(self.run_dir)
         if self.report.check(steps[-1:] == [self.steps], f"{name} ended with checkpoints of {steps}"):
             self.report.check(digest_of(self.run_dir) == self.end, f"{name}: another end than the undisturbed run")
-            self.report.check(told(self.run_dir) == self.metrics, f"{name}: other metrics than the undisturbed run")
+            self.report.check(alike(metrics_of(self.run_dir), self.metrics), f"{name}: other metrics than the undisturbed run")
         shutil.rmtree(self.run_dir)
         self.runs += 1
 
@@ -70,6 +69,11 @@ class Chain:
             codes = self.start(1).wait()
             self.report.check(codes == [0], f"the last life of run {self.runs} ended with {codes}")
             self.ended()
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Without the gradient's norm, which owners sum in fp32 and so differs by some 1e-6 between one rank and two."""
+    return [{key: value for key, value in line.items() if key != "grad_norm"} for line in told(run_dir)]
 
 
 # -- F1 ---------------------------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def check_failed(report: Report, run_dir: Path, name: str, line: str, said: str)
 @fault("F2", "kill -9 one rank of 2 and 4 under torchrun: all leave in seconds, naming it, and go on", short=1, full=20)
 def one_rank(room: Room, trials: int) -> Report:
     report = Report(trials)
-    runs, slowest = Trimmed(room, report, **{**TWELVE, "runtime.timeout_s": 10}), Counter[str]()
+    runs, slowest = Trimmed(room, report, **{**FOUR, "runtime.timeout_s": 10}), Counter[str]()
     lasts = {**lasting(runs.whole, 5), "build": 2.0}
     for i in range(trials):
         phase, ranks = ("training", "save", "evaluation", "started", "build")[i % 5], (2, 4)[i // 5 % 2]
@@ -226,7 +230,7 @@ def one_rank(room: Room, trials: int) -> Report:
 def stopped(room: Room, trials: int) -> Report:
     """Control: one that is stopped for less than the timeout is waited for."""
     report = Report(trials)
-    runs = Trimmed(room, report, **{**TWELVE, "runtime.timeout_s": 5})
+    runs = Trimmed(room, report, **{**FOUR, "runtime.timeout_s": 5})
     lasts, slowest = lasting(runs.whole, 5), 0.0
     for i in range(trials + 1):
         control, name = i == trials, f"trial {i}" if i < trials else "control"
@@ -280,9 +284,9 @@ PHASES = ("any", "evaluation", "build", "save", "any", "evaluation", "training",
 def requests(room: Room, trials: int) -> Report:
     """Checkpoints are rare here, so what is saved is saved for the signal. Every third signal comes twice."""
     report, found = Report(), Counter[str]()
-    changes = {**WIDE, "checkpoint.every": 7, "evaluation.every": 4, "evaluation.tokens": 8192,
-               "data.val.0.path": str(room.data / "train")}
-    chain, slowest = Chain(room, report, **changes), 0.0
+    changes = {**WIDE, "model.n_embd": 32, "checkpoint.every": 7, "evaluation.every": 4, "evaluation.tokens": 8192,
+               "data.val.0.path": str(shutil.copytree(room.data / "train", room.data / "long"))}
+    chain, slowest = Chain(room, report, **changes), [0.0, 0.0]
     lasts = lasting(chain.whole, 4)
     for _ in range(3 * trials):
         i = report.trials
@@ -305,13 +309,17 @@ def requests(room: Room, trials: int) -> Report:
             continue
         report.trials += 1
         if report.check(hit, f"trial {i}: the run ended before, with {code}"):
-            slowest = max(slowest, check_left(report, chain.run_dir, life, code, sent, f"{number.name}, trial {i}"))
+            seconds = check_left(report, chain.run_dir, life, code, sent, f"{number.name}, trial {i}")
+            began = not spy.trained()
+            report.check(seconds <= (20 if began else 5), f"{number.name}, trial {i}: saved after {seconds:.1f} s")
+            slowest[began] = max(slowest[began], seconds)
             notice(found, chain.run_dir)
     chain.close()
     report.check(report.trials == trials, f"only {report.trials} of {trials} signals came before the end of a run")
     report.check(found["extra"] > 0, "control: every step saved would have been saved anyway")
     report.note = (f"{found['extra']} saved for the signal alone, {found['cut']} in an evaluation, {found['early']} "
-                   f"before the first step of a life; {chain.runs - 1} runs; saved in {slowest:.1f} s at most")
+                   f"before the first step of a life; {chain.runs - 1} runs; saved in {slowest[0]:.1f} s at most, gone before "
+                   f"the first step in {slowest[1]:.1f} s")
     return report
 
 
@@ -333,9 +341,7 @@ def check_left(report: Report, run_dir: Path, life: Life | Torchrun, code: Any, 
     steps = (status.get("step"), status.get("checkpoint") or 0, max(list_steps(run_dir), default=0), last_step(run_dir))
     report.check(len(set(steps)) == 1, f"{name}: step, checkpoint, newest, last line are {steps}")
     report.check(not torn(run_dir), f"{name}: torn: {torn(run_dir)}")
-    seconds = (run_dir / "status.json").stat().st_mtime - sent
-    report.check(seconds <= 5, f"{name}: saved after {seconds:.1f} s")
-    return seconds
+    return (run_dir / "status.json").stat().st_mtime - sent
 
 
 def notice(found: Counter[str], run_dir: Path) -> None:
@@ -354,8 +360,8 @@ def notice(found: Counter[str], run_dir: Path) -> None:
 def two_jobs(room: Room, trials: int) -> Report:
     """Control: the same start is not refused once the first job is killed."""
     report = Report(trials)
-    runs = Trimmed(room, report, **WIDE)
-    lasts = lasting(runs.whole, 10)
+    runs = Trimmed(room, report, **FOUR)
+    lasts = lasting(runs.whole, 5)
     for i in range(trials):
         experiment, ranks, name = runs.copy(f"run{i}"), 1 + i % 2, f"trial {i}"
         run_dir = Path(experiment["run_dir"])

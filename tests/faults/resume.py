@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,9 @@ def walk(room: Room, trials: int) -> Report:
     """One trial is one leg. Cycles are appended leg by leg, which is how a run is made longer."""
     report, legs = Report(trials), WALK[:trials]
     strict = {**TWELVE, "runtime.numerics": "strict"}
-    whole = room.whole("alone", 1, **strict, **{"schedule.cycles": [CYCLE] * len(legs), "checkpoint.every": 20})
+    whole = room.whole("alone", 1, **{**strict, "schedule.cycles": [CYCLE] * len(legs), "checkpoint.every": 20})
     for leg, ranks in enumerate(legs):
-        experiment = room.experiment("walk", **strict, **{"schedule.cycles": [CYCLE] * (leg + 1)})
+        experiment = room.experiment("walk", **{**strict, "schedule.cycles": [CYCLE] * (leg + 1)})
         codes = room.start(experiment, ranks).wait()
         report.check(codes == [0] * ranks, f"leg {leg} on {ranks} ranks ended with {codes}")
         step = 20 * (leg + 1)
@@ -46,7 +47,7 @@ def walk(room: Room, trials: int) -> Report:
     straight = walked_rows(experiment, whole, (1,) * len(legs))
     strange = sum(not np.array_equal(a, b) for a, b in zip(rows, straight, strict=True))
     report.check(strange == 0, f"{strange} of {len(rows)} global batches hold other documents")
-    fast = room.whole("fast", 3, **TWELVE, **{"schedule.cycles": [CYCLE]})
+    fast = room.whole("fast", 3, **{**TWELVE, "schedule.cycles": [CYCLE]})
     report.check(digest_of(fast, 20) != digest_of(whole, 20), "control: fast numerics on 3 ranks gave the same bits")
     report.note = f"{20 * len(legs)} steps, {sum(map(len, rows))} rows, 0 repeated, 0 skipped" if not strange else ""
     return report
@@ -169,21 +170,22 @@ def each_step(room: Room, trials: int) -> Report:
         codes = room.start(room.experiment("again", **{**long, "checkpoint.every": None}), ranks).wait()
         report.check(codes == [0] * ranks, f"from step {step} on {ranks} ranks: ended with {codes}")
         report.check(digest_of(again, 51) == end, f"from step {step} on {ranks} ranks: another end")
-        report.check(told(again) == told(whole), f"from step {step} on {ranks} ranks: other metrics")
+        report.check(alike(told(again), told(whole)), f"from step {step} on {ranks} ranks: other metrics")
         shutil.rmtree(again)
     return report
 
 
 def told(run_dir: Path) -> list[dict[str, Any]]:
-    """Metrics without timings. The norm is summed by owners, and losses by ranks: equal to fp64 rounding."""
+    """Metrics without timings."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     timings = ("seconds", "tokens_per_s", "mfu", "memory_bytes")
-    return [{k: rounded(v) for k, v in line.items() if k not in timings} for line in lines if line["kind"] != "event"]
+    return [{k: v for k, v in line.items() if k not in timings} for line in lines if line["kind"] != "event"]
 
 
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def alike(a: Any, b: Any) -> bool:
+    """Equal; numbers to 1e-6, since ranks sum losses and norms in other orders than one rank does."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float) else bool(a == b)
