@@ -114,6 +114,9 @@ def entrypoint(main: Callable[[], int | None]) -> Callable[[], None]:
         except NanopoeError as error:
             report(error)
             code = error.exit_code
+            if isinstance(error, PeerError):        # the interpreter's end would wait for collectives that never end
+                sys.stdout.flush()
+                leave_at_once(code)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = 130

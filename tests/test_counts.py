@@ -154,7 +154,7 @@ def state_bytes(exp: Any, rank: int, world_size: int) -> int:
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     groups = build_groups(params, exp.optim, exp.model.n_embd, exp.batch.tokens_per_step, scaling_parameters(exp.model))
     optimizer = DistMuonAdamW(params, groups, rank, world_size)
-    return sum(t.nbytes for batch in optimizer.batches for t in batch.state.values())
+    return sum(t.nbytes for batch in optimizer.parcels for t in batch.state.values())
 
 
 @pytest.mark.parametrize("name", ["poe_3b", "bp_1p3b", "small_poe"])

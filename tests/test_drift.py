@@ -32,8 +32,11 @@ def test_a_flipped_bit_is_found() -> None:
         assert len(set(messages)) == 1, "every rank is told the same"
         assert f"rank 1 silently holds other values of {name} " in messages[0]
     assert run_ranks(flipped, 3, "rows", 7) == ["nothing noticed"] * 3   # control
-    two = run_ranks(flipped, 2, "rows", 1)[0]                            # no majority: the owner's is the right one
-    assert "rank 1 silently holds other values of rows (rows 0 to 62, owned by rank 0)" in two
+    owners = {p.param: p.owner for b in DistMuonAdamW(parameters(), groups(), 0, 2).parcels for p in b.pieces}
+    for name in ("square0", "square1", "square2", "vector"):             # no majority: the owner's is the right one
+        other = 1 - owners[name]
+        assert f"rank {other} silently holds other values of {name} " in run_ranks(flipped, 2, name, other)[0]
+    assert len({owners[n] for n in ("square0", "square1", "square2", "vector")}) == 2
 
 
 def test_the_sum_sees_bits_and_places() -> None:

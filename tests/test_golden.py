@@ -62,7 +62,7 @@ def test_groups_are_the_references(golden: Path) -> None:
             theirs[name] = (group["kind"], group["lr"], group["weight_decay"], tuple(group.get("betas", (0, 0))))
     optimizer = golden_optimizer(golden_model(golden), golden, World(0, 1, torch.device("cpu")))
     ours = {name: (b.group.kind, b.group.lr, b.group.weight_decay, b.group.betas)
-            for b in optimizer.batches for name in (piece.param for piece in b.pieces)}
+            for b in optimizer.parcels for name in (piece.param for piece in b.pieces)}
     assert ours.keys() == theirs.keys()
     for name, (kind, lr, decay, betas) in theirs.items():
         assert ours[name] == (kind, pytest.approx(lr), pytest.approx(decay), betas), name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import weakref
 
 import pytest
 import torch
@@ -103,7 +105,7 @@ def held(world: World) -> list[int]:
             most = max(most, sum(whole.values()))
         optimizer.take()
     optimizer.reduce()
-    kept = sum(s.grad.untyped_storage().nbytes() for b in optimizer.batches for s in b.own if s.grad is not None)
+    kept = sum(s.grad.untyped_storage().nbytes() for b in optimizer.parcels for s in b.own if s.grad is not None)
     optimizer.discard()
     return [kept, most, sum(p.nbytes for p in params.values())]
 
@@ -117,10 +119,29 @@ def test_only_the_shard_accumulates() -> None:
     assert run_ranks(held, 1)[0][:2] == [total, 0]                       # control: alone, all of it is the shard
 
 
+def test_an_optimizer_is_freed_and_another_takes_over() -> None:
+    """A hook that held the optimizer would keep it, its state and the parameters for ever."""
+    params = parameters()
+    first = DistMuonAdamW(params, groups())
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None
+    second = DistMuonAdamW(params, groups())
+    sum(p.sum() for p in params.values()).backward()
+    second.take()
+    assert float(second.reduce()) == pytest.approx(sum(p.numel() for p in params.values()))
+    second.discard()
+    assert all(s.grad is None for b in second.parcels for s in b.own)
+    with second.deaf():
+        params["rows"].sum().backward()
+    assert params["rows"].grad is not None                               # control: nobody took it
+
+
 def sharded_state(world: World) -> list[tuple[str, str, int, list[float]]]:
     params = parameters()
     optimizer = DistMuonAdamW(params, groups(), world.rank, world.size)
-    owned = sum(t.numel() for b in optimizer.batches for t in b.state.values())
+    owned = sum(t.numel() for b in optimizer.parcels for t in b.state.values())
     for name, p in params.items():
         p.grad = torch.full(SHAPES[name], 0.5) + torch.arange(p.numel()).view(SHAPES[name]) / world.size
         p.grad = p.grad / world.size if world.size == 1 else p.grad

@@ -16,11 +16,18 @@ from tests.test_train import ALONE, digest, interrupted_at, train
 QUIET = {"evaluation.every": None, "checkpoint.every": 4}
 
 
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    train(ALONE, experiment_dict(data, run_dir, **QUIET))
+    return run_dir
+
+
 @pytest.fixture
-def half(data: Path, tmp_path: Path) -> Path:
+def half(finished: Path, tmp_path: Path) -> Path:
     """A run folder that stands at step 4 of 8, with a finished sister `whole` beside it."""
-    train(ALONE, experiment_dict(data, tmp_path / "whole", **QUIET))
-    interrupted_at(tmp_path / "whole", 4, tmp_path / "half")
+    shutil.copytree(finished, tmp_path / "whole")
+    interrupted_at(finished, 4, tmp_path / "half")
     return tmp_path / "half"
 
 
@@ -76,6 +83,20 @@ def test_what_the_tensors_mean_never_changes(data: Path, half: Path, key: str, v
     assert digest(half, 8) == digest(half.parent / "whole", 8)
 
 
+def test_what_the_schedule_may_become(data: Path, half: Path) -> None:
+    """Appending does not hide a change of what was there; a schedule may not end before the checkpoint."""
+    base = experiment_dict(data, half, **QUIET)
+    cycles = base["schedule"]["cycles"]
+    for changed in ([{**cycles[0], "peak": 0.7}, *cycles[1:], cycles[1]], [*cycles, cycles[1]]):
+        with pytest.raises(CheckpointError, match=r"resume\.allow=\[schedule\.cycles\]"):
+            train(ALONE, {**base, "schedule": {"cycles": changed}})
+    allow = {"resume": {"allow": ["schedule"]}}
+    with pytest.raises(CheckpointError, match="is of step 4, schedule.cycles now end at 3"):
+        train(ALONE, {**base, **allow, "schedule": {"cycles": [{**cycles[0], "steps": 3}]}})
+    assert train(ALONE, {**base, **allow, "schedule": {"cycles": [*cycles, cycles[1]]}}) == 11
+    assert {key.split(".")[2] for key in lineage(half)[0]["changed"]} == {"2"}
+
+
 def test_an_allowance_must_name_a_key(data: Path, half: Path) -> None:
     base = experiment_dict(data, half, **QUIET)
     for wrong in ("optim.matrix_lrr", "optim.", "data.tr", ""):
@@ -100,6 +121,24 @@ def test_other_data_when_asked_for(data: Path, half: Path, tmp_path: Path) -> No
     assert all(set(lane["cursors"]) == {"tiny", "more"} for lane in lanes)
     run_ranks(train, 2, {**changed, "run_dir": str(other), "resume": {"allow": ["data.train"]}})
     assert digest(other, 8) == digest(half, 8)
+    then, now = lineage(half)[0]["changed"]["data.train contents"]
+    assert set(then) == {"tiny"} and set(now) == {"tiny", "more"}
+
+
+def test_other_weights_count_the_shares_anew(data: Path, tmp_path: Path) -> None:
+    """What a source was ahead or behind by under the old weights is not made up for under the new ones."""
+    second = tiny_data(tmp_path / "second")
+    sources = [{"name": "tiny", "path": str(data / "train")}, {"name": "more", "path": str(second / "train")}]
+    run_dir = tmp_path / "run"
+    train(ALONE, experiment_dict(data, run_dir, **QUIET, **{"data.train": sources}))
+    interrupted_at(run_dir, 4, tmp_path / "half")
+    then = open_checkpoint(tmp_path / "half").state["position"]["lanes"]
+    heavier = [{**sources[0], "weight": 9.0}, sources[1]]
+    train(ALONE, {**experiment_dict(data, tmp_path / "half", **QUIET, **{"data.train": heavier}),
+                  "resume": {"allow": ["data.train"]}})
+    now = open_checkpoint(tmp_path / "half").state["position"]["lanes"]
+    assert all(sum(now[n]["tokens"].values()) < sum(then[n]["tokens"].values()) for n in then)
+    assert all(now[n]["cursors"][s] >= then[n]["cursors"][s] for n in then for s in ("tiny", "more"))
 
 
 def test_other_documents_at_the_same_place_are_noticed(data: Path, half: Path, tmp_path: Path) -> None:

@@ -133,8 +133,10 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("when, step, every", [("step", 3, None), ("step", 4, 4), ("evaluation", 4, None),
-                                               ("evaluation", 8, 4), ("start", 0, None)])
+@pytest.mark.parametrize("when, step, every", [
+    ("step", 3, None), ("evaluation", 8, 4), pytest.param("step", 4, 4, marks=pytest.mark.slow),
+    pytest.param("evaluation", 4, None, marks=pytest.mark.slow),
+    pytest.param("start", 0, None, marks=pytest.mark.slow)])
 def test_one_ranks_signal_stops_all_and_nothing_is_lost(data: Path, whole: Path, tmp_path: Path, when: str, step: int,
                                                         every: int | None) -> None:
     changes, cut = {"checkpoint.every": every, "evaluation.tokens": 1024}, tmp_path / "cut"

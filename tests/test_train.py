@@ -16,6 +16,7 @@ from nanopoe.config import experiment_from_dict
 from nanopoe.dist import World
 from nanopoe.errors import CheckpointError, ConfigError, DataError, NanopoeError, NumericsError
 from nanopoe.train import build, loop
+from nanopoe.train import step as training
 from tests.ranks import experiment_dict, run_ranks
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -133,7 +134,7 @@ def test_every_objective_learns(data: Path, tmp_path: Path, changes: dict[str, A
 
 def momentum_of(optimizer: Any) -> torch.Tensor:
     """Muon's momentum of the first matrices that this rank owns."""
-    found: torch.Tensor = next(b.state["momentum"] for b in optimizer.batches if "momentum" in b.state)
+    found: torch.Tensor = next(b.state["momentum"] for b in optimizer.parcels if "momentum" in b.state)
     return found
 
 
@@ -217,6 +218,71 @@ def test_what_changes_no_weights_may_change(data: Path, tmp_path: Path) -> None:
     (moved / "train" / "shard_00001.parquet").unlink()                               # control
     with pytest.raises(DataError, match="sources"):
         train(ALONE, experiment_dict(data, tmp_path / "fewer", **changes))
+
+
+def diverged(world: World, experiment: dict[str, Any], at: str) -> str:
+    """Rank 1 changes one weight by itself, before the start or before a save; what every rank is told."""
+    real, greet = loop.advance, loop.greet
+
+    def flip(run: Any) -> None:
+        if world.rank == 1:
+            run.model.lm_head.weight.detach().view(torch.int32)[5, 5] ^= 1
+
+    def advance(run: Any, *args: Any, **kw: Any) -> Any:
+        position = real(run, *args, **kw)
+        if at == "save" and run.step == 4:
+            flip(run)
+        return position
+
+    def at_start(run: Any, watch: Any) -> None:
+        if at == "start":
+            flip(run)
+        greet(run, watch)
+
+    loop.advance, loop.greet = advance, at_start
+    try:
+        return f"trained {train(world, experiment)} steps"
+    except NanopoeError as error:
+        return str(error)
+    finally:
+        loop.advance, loop.greet = real, greet
+
+
+@pytest.mark.parametrize("at, saved", [("start", []), ("save", [2]), ("nowhere", [2, 4, 6, 8])])
+def test_what_ranks_do_not_agree_on_is_never_saved(data: Path, tmp_path: Path, at: str, saved: list[int]) -> None:
+    answers = run_ranks(diverged, 2, experiment_dict(data, tmp_path / "run", **{"checkpoint.every": 2}), at)
+    assert len(set(answers)) == 1
+    assert ("silently holds other values of lm_head.weight" in answers[0]) == (at != "nowhere")
+    assert list_steps(tmp_path / "run") == saved
+
+
+def masked(world: World, experiment: dict[str, Any], keep: int) -> list[list[float]]:
+    """One step with the targets of all but the first `keep` positions of a row masked: two weights afterwards."""
+    run = loop.build_run(experiment_from_dict(experiment, "test"), world)
+    real = training.backward_stages
+
+    def some(model: Any, ids: Any, targets: Any, *args: Any) -> Any:
+        targets = targets.clone()
+        targets[:, keep:] = -1
+        return real(model, ids, targets, *args)
+
+    training.backward_stages = some
+    try:
+        with run.loader as batches:
+            losses = training.train_step(run.model, run.optimizer, next(batches)[0], 0, run.experiment.objective,
+                                         run.schedule, run.plan, world, report_pool=False)
+    finally:
+        training.backward_stages = real
+    first = next(b for b in run.optimizer.parcels if b.group.name == "heads").own[0].state["exp_avg"]
+    return [[losses.loss, losses.grad_norm, float(losses.targets)], [float(first.norm())]]
+
+
+def test_masked_targets_make_a_mean_not_a_smaller_step(data: Path, tmp_path: Path) -> None:
+    """The gradient is that of the mean over what counts: moments and norm are of one size whatever is masked."""
+    half, whole = (masked(ALONE, experiment_dict(data, tmp_path / str(k)), k) for k in (16, 32))
+    assert [half[0][2], whole[0][2]] == [128, 256]
+    assert 0.8 < half[1][0] / whole[1][0] < 1.9 and 0.8 < half[0][1] / whole[0][1] < 1.9
+    assert half[1][0] == pytest.approx(0.2 * half[0][1], rel=0.2)        # exp_avg is (1 - beta1) of the same gradient
 
 
 def without_room(world: World, experiment: dict[str, Any]) -> str:

@@ -116,8 +116,7 @@ class RuntimeConfig(Strict):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     numerics: Literal["fast", "strict"] = Field(
         default="fast", description="strict adds micro-gradients in their global order: the same bits on any number "
-                                    "of ranks (with the same threads), for world_size times the traffic")
-    compile: bool = False
+                                    "of CPU ranks (with the same threads), for world_size times the traffic")
     threads: Depth | None = Field(default=None, description="CPU threads of a rank; null = cores / ranks here")
     timeout_s: Positive = Field(
         default=600, description="seconds without progress after which a rank counts as hung, and in which all ranks "
@@ -132,7 +131,8 @@ class CheckpointConfig(Strict):
     keep_every: Positive | None = Field(
         default=None, description="multiples of so many steps are never removed; null = only keep_last counts")
     async_save: bool = Field(
-        default=True, description="write beside training from a copy in CPU memory; false = training waits")
+        default=True, description="write beside training, from a copy in CPU memory of what a rank writes: its share "
+                                  "of weights and state; false = training waits")
     max_failed: Positive = Field(
         default=3, description="saves in a row that the disk may refuse before the run stops")
 

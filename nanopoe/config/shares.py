@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["muon", "adamw"]
-FLIGHT_BYTES = 16 << 20     # whole gradients on their way to their owners at a time, beside the newest
+FLIGHT_BYTES = 32 << 20     # whole gradients on their way to their owners at a time, beside the newest
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,9 @@ def _check_position(position: Position, fingerprint: dict[str, Any], start_step:
         for key, now in fingerprint.items():
             then = position["fingerprint"].get(key)
             if then != now:
-                refuse(f"'{key}' was {_short(then)}, now it is {_short(now)}", "resume with the data it was saved with")
+                asked = {"sources": "data.train", "seed": "seed"}.get(key)
+                refuse(f"'{key}' was {_short(then)}, now it is {_short(now)}", "resume with the data it was saved with"
+                       + (f", or resume.allow=[{asked}] if it is meant" if asked else ""))
         if position["step"] != start_step:
             refuse(f"is of step {position['step']}, not {start_step}", "resume with the position of that step")
         states = {lane: position["lanes"][str(lane)] for lane in own}

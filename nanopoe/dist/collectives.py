@@ -38,6 +38,8 @@ def _peers(group: Group | None, *, enters: bool = True, waits: bool = True) -> I
     pulse.waiting = waits
     try:
         yield
+    except torch.OutOfMemoryError:                  # ours, not a peer's
+        raise
     except RuntimeError as error:
         lost = heartbeat.blame(heartbeat.first_line(error))
         lost.__cause__ = error

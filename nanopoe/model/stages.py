@@ -25,7 +25,7 @@ class MicroLosses:
     total: Tensor                # ()
     stages: Tensor               # (K,)
     pool: Tensor | None          # () cross-entropy of the pooled expert, if asked for
-    targets: int                 # unmasked
+    targets: Tensor              # () int64, unmasked
 
 
 def stage_weight(n_stages: int, alpha: float) -> float:
@@ -77,7 +77,7 @@ def backward_stages(model: GPT, ids: Tensor, targets: Tensor, objective: Objecti
         rows = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
         parts = zip(pool.split(rows), targets.reshape(-1).split(rows), strict=True)
         pool_nats = torch.stack([nats(log_p / K, y) for log_p, y in parts]).sum()
-    return MicroLosses(torch.stack(totals).sum(), torch.stack(plain), pool_nats, int((targets != IGNORE).sum()))
+    return MicroLosses(torch.stack(totals).sum(), torch.stack(plain), pool_nats, (targets != IGNORE).sum())
 
 
 def head_backward(model: GPT, x: Tensor, k: int, targets: Tensor, pool: Tensor | None, objective: ObjectiveConfig,

@@ -8,11 +8,13 @@ not finite anywhere must leave every weight and moment as it was. One rank is th
 
 Two ways to sum. `fast`: the backend's reduction, whose order of additions depends on the world size. `strict`: the
 owner gets every rank's micro-gradient and adds them in the order of the global micro-batches, so any world size gives
-the same bits, at world_size times the traffic into an owner.
+the same bits on a CPU, at world_size times the traffic into an owner. (On a GPU the backward itself may round otherwise
+from one run to the next; what is done here still has one order.)
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ from nanopoe.config.shares import FLIGHT_BYTES, Piece, share_out
 from nanopoe.optim.groups import Group
 from nanopoe.optim.kernels import adamw_, muon_, second_moment_shape
 
-BATCH = 8                   # matrices of one shape that a rank updates before they are sent
+PARCEL = 8                   # matrices of one shape that a rank updates before they are sent
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class StatePart:
 
 
 @dataclass
-class Shard:
+class Owned:
     """A piece and what its owner holds of it; `values` is a view of the parameter's rows."""
 
     piece: Piece
@@ -60,15 +62,15 @@ class Shard:
 
 
 @dataclass
-class Batch:
+class Parcel:
     """Pieces of one kind of update that are sent together: all of one AdamW parameter, or matrices of one shape.
 
-    `state` of muon's own shards is stacked (n, ...), each shard's is a view of it, so that a GPU takes them at once.
+    `state` of muon's own shards is stacked (n, ...), each owned's is a view of it, so that a GPU takes them at once.
     """
 
     group: Group
     pieces: list[Piece]
-    own: list[Shard] = field(default_factory=list)
+    own: list[Owned] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -106,66 +108,66 @@ class DistMuonAdamW:
         self._pieces: dict[str, list[Piece]] = {name: [] for name in grouped}
         for piece in share_out(shapes, kinds, world_size):
             self._pieces[piece.param].append(piece)
-        self.batches = [self._batch(group, pieces) for group in groups for pieces in self._batched(group)]
-        self._shards = {(s.piece.param, s.piece.low): s for batch in self.batches for s in batch.own}
+        self.parcels = [self._parcel(group, pieces) for group in groups for pieces in self._parcelled(group)]
+        self._owned = {(s.piece.param, s.piece.low): s for parcel in self.parcels for s in parcel.own}
         self.flights: deque[Flight] = deque()
         self._taken: set[str] = set()
-        self._listening = True
+        self.listening = True
         for name in grouped:
             if name not in shared:
-                params[name].register_post_accumulate_grad_hook(partial(self._complete, name))
+                params[name].register_post_accumulate_grad_hook(partial(_complete, weakref.ref(self), name))
 
-    def _batched(self, group: Group) -> Iterator[list[Piece]]:
-        """The batches of a group in the order they are updated: the same on every rank."""
+    def _parcelled(self, group: Group) -> Iterator[list[Piece]]:
+        """The parcels of a group in the order they are updated: the same on every rank."""
         if group.kind == "adamw":
             yield from (self._pieces[name] for name in group.params)
             return
-        place: dict[str, tuple[tuple[int, ...], int]] = {}       # shape, and which batch of its owner's
-        owned: dict[tuple[object, int], int] = {}
+        place: dict[str, tuple[tuple[int, ...], int]] = {}       # shape, and which parcel of its owner's
+        count: dict[tuple[object, int], int] = {}
         for name in group.params:
             shape, owner = tuple(self.params[name].shape), self._pieces[name][0].owner
-            place[name] = (shape, owned.get((shape, owner), 0) // BATCH)
-            owned[shape, owner] = owned.get((shape, owner), 0) + 1
+            place[name] = (shape, count.get((shape, owner), 0) // PARCEL)
+            count[shape, owner] = count.get((shape, owner), 0) + 1
         for _, names in groupby(sorted(group.params, key=place.__getitem__), key=place.__getitem__):
             yield [self._pieces[name][0] for name in names]
 
-    def _batch(self, group: Group, pieces: list[Piece]) -> Batch:
-        batch = Batch(group, pieces)
+    def _parcel(self, group: Group, pieces: list[Piece]) -> Parcel:
+        parcel = Parcel(group, pieces)
         own = [piece for piece in pieces if piece.owner == self.rank]
         if not own:
-            return batch
+            return parcel
         shape = self.params[own[0].param].shape
         if group.kind == "muon":
             sizes = {"momentum": shape, "second": second_moment_shape(*shape)}
         else:
             sizes = dict.fromkeys(("exp_avg", "exp_avg_sq"), (own[0].high - own[0].low, *shape[1:]))
         like = self.params[own[0].param].detach()
-        batch.state = {slot: like.new_zeros(len(own), *size) for slot, size in sizes.items()}
-        batch.own = [Shard(piece, self.params[piece.param].detach()[piece.low:piece.high],
-                           {slot: stacked[i] for slot, stacked in batch.state.items()})
+        parcel.state = {slot: like.new_zeros(len(own), *size) for slot, size in sizes.items()}
+        parcel.own = [Owned(piece, self.params[piece.param].detach()[piece.low:piece.high],
+                           {slot: stacked[i] for slot, stacked in parcel.state.items()})
                      for i, piece in enumerate(own)]
-        return batch
+        return parcel
 
     # -- gradients to their owners ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _complete(self, name: str, param: Tensor) -> None:
+    def complete(self, name: str, param: Tensor) -> None:
         """The gradient of `param` over one micro-batch is complete: send its pieces off and let go of it."""
-        if not self._listening:
-            return
         assert name not in self._taken, f"{name} got two gradients in a micro-batch: it is shared"
         grad, param.grad = param.grad, None
-        assert grad is not None and grad.is_contiguous()
+        assert grad is not None and grad.is_contiguous(), f"no plain gradient of {name}: has another optimizer taken it?"
         self._taken.add(name)
         for piece in self._pieces[name]:
             self._send(piece, grad[piece.low:piece.high], whole=len(self._pieces[name]) == 1)
-        while len(self.flights) > 1 and (self.flights[0].work.done or
-                                         sum(f.grad.nbytes for f in self.flights) > FLIGHT_BYTES):
+        older = sum(f.grad.nbytes for f in self.flights if f.piece.param != name)
+        while self.flights and self.flights[0].piece.param != name and (self.flights[0].work.done
+                                                                        or older > FLIGHT_BYTES):
+            older -= self.flights[0].grad.nbytes
             self._land(self.flights.popleft())
 
     def _send(self, piece: Piece, grad: Tensor, whole: bool) -> None:
         if self.world_size == 1:
-            self._shards[piece.param, piece.low].add(grad, own=True)
+            self._owned[piece.param, piece.low].add(grad, own=True)
             return
         parts = None
         if self.numerics == "fast":
@@ -180,19 +182,19 @@ class DistMuonAdamW:
         flight.work.wait()
         if flight.piece.owner != self.rank:
             return
-        shard = self._shards[flight.piece.param, flight.piece.low]
+        owned = self._owned[flight.piece.param, flight.piece.low]
         if flight.parts is None:
-            shard.add(flight.grad, own=flight.whole)      # rows of a larger gradient would keep all of it alive
+            owned.add(flight.grad, own=flight.whole)      # rows of a larger gradient would keep all of it alive
             return
         for part in flight.parts:                         # by rank: the order of the global micro-batches
-            shard.add(part, own=True)
+            owned.add(part, own=True)
 
     @torch.no_grad()
     def take(self) -> None:
         """End a micro-batch: send off what is not yet, the shared parameters' gradients. Collective."""
         for name, param in self.params.items():
             if name not in self._taken and param.grad is not None:
-                self._complete(name, param)
+                self.complete(name, param)
         missing = self.params.keys() - self._taken
         assert not missing, f"no gradient: {', '.join(sorted(missing)[:3])}"
         self._taken.clear()
@@ -203,20 +205,20 @@ class DistMuonAdamW:
         while self.flights:
             self._land(self.flights.popleft())
         grads = []
-        for shard in self._shards.values():
-            assert shard.grad is not None, "take() ends every micro-batch"
-            grads.append(shard.grad)
+        for owned in self._owned.values():
+            assert owned.grad is not None, "take() ends every micro-batch"
+            grads.append(owned.grad)
         device = next(iter(self.params.values())).device
         return torch.nn.utils.get_total_norm(grads).to(device, torch.float64).square()
 
     @contextmanager
     def deaf(self) -> Iterator[None]:
         """Gradients computed in this block stay in `.grad`."""
-        self._listening = False
+        self.listening = False
         try:
             yield
         finally:
-            self._listening = True
+            self.listening = True
 
     # -- update -------------------------------------------------------------------------------------------------
 
@@ -228,37 +230,38 @@ class DistMuonAdamW:
         """
         self.steps += 1
         under_way = []
-        for batch in self.batches:
-            for shard in batch.own:
-                assert shard.grad is not None, "reduce() comes before update()"
+        for parcel in self.parcels:
+            for owned in parcel.own:
+                assert owned.grad is not None, "reduce() comes before update()"
                 if grad_scale != 1.0:
-                    shard.grad = shard.grad * grad_scale
-            if batch.own:
-                self._apply(batch, lr_scale, momentum, decay_scale)
-            for shard in batch.own:
-                shard.grad = None
+                    owned.grad = owned.grad * grad_scale
+            if parcel.own:
+                self._apply(parcel, lr_scale, momentum, decay_scale)
+            for owned in parcel.own:
+                owned.grad = None
             if self.world_size > 1:
                 under_way += [dist.broadcast(self.params[p.param].detach()[p.low:p.high], p.owner)
-                              for p in batch.pieces]
+                              for p in parcel.pieces]
         for work in under_way:
             work.wait()
 
-    def _apply(self, batch: Batch, lr_scale: float, momentum: float, decay_scale: float) -> None:
-        group, own, lr = batch.group, batch.own, batch.group.lr * lr_scale
+    def _apply(self, parcel: Parcel, lr_scale: float, momentum: float, decay_scale: float) -> None:
+        group, own, lr = parcel.group, parcel.own, parcel.group.lr * lr_scale
         if group.kind == "adamw":
             for s in own:
                 adamw_(s.values, s.grad, s.state["exp_avg"], s.state["exp_avg_sq"], self.steps, lr,  # type: ignore[arg-type]
                        group.betas, group.eps, group.weight_decay)
             return
         decay = group.weight_decay * decay_scale
-        if not own[0].values.is_cuda:      # one by one: the bits cannot depend on how many matrices a rank owns
+        if self.numerics == "strict" or not own[0].values.is_cuda:
+            # one by one: the bits cannot depend on how many matrices a rank owns
             for s in own:
                 muon_(s.values, s.grad, s.state["momentum"], s.state["second"], lr, momentum,  # type: ignore[arg-type]
                       group.beta2, decay, self.polar_dtype)
             return
         values = torch.stack([s.values for s in own])
         grads = torch.stack([s.grad for s in own])                                                # type: ignore[misc]
-        muon_(values, grads, batch.state["momentum"], batch.state["second"], lr, momentum, group.beta2, decay,
+        muon_(values, grads, parcel.state["momentum"], parcel.state["second"], lr, momentum, group.beta2, decay,
               self.polar_dtype)
         torch._foreach_copy_([s.values for s in own], list(values.unbind()))
 
@@ -267,8 +270,8 @@ class DistMuonAdamW:
         while self.flights:
             self._land(self.flights.popleft())
         self._taken.clear()
-        for shard in self._shards.values():
-            shard.grad = None
+        for owned in self._owned.values():
+            owned.grad = None
         for param in self.params.values():
             param.grad = None
 
@@ -277,14 +280,14 @@ class DistMuonAdamW:
     def state_names(self) -> list[str]:
         """`<param>::<slot>` of all state there is, whoever owns it."""
         slots = {"muon": ("momentum", "second"), "adamw": ("exp_avg", "exp_avg_sq")}
-        return [f"{name}::{slot}" for batch in self.batches for name in dict.fromkeys(p.param for p in batch.pieces)
-                for slot in slots[batch.group.kind]]
+        return [f"{name}::{slot}" for parcel in self.parcels for name in dict.fromkeys(p.param for p in parcel.pieces)
+                for slot in slots[parcel.group.kind]]
 
     def state_parts(self) -> Iterator[StatePart]:
         """This rank's state by parameter name and row."""
-        for shard in self._shards.values():
-            for slot, tensor in shard.state.items():
-                yield StatePart(shard.piece.param, slot, shard.piece.low, tensor)
+        for owned in self._owned.values():
+            for slot, tensor in owned.state.items():
+                yield StatePart(owned.piece.param, slot, owned.piece.low, tensor)
 
     @torch.no_grad()
     def load_state(self, rows: Callable[[str, str, int, int], Tensor], steps: int) -> None:
@@ -292,3 +295,10 @@ class DistMuonAdamW:
         self.steps = steps
         for part in self.state_parts():
             part.tensor.copy_(rows(part.param, part.slot, part.row0, part.row0 + part.tensor.size(0)))
+
+
+def _complete(optimizer: weakref.ref[DistMuonAdamW], name: str, param: Tensor) -> None:
+    """The hook. It must not keep the optimizer: the cycle through a parameter's hooks is one that nothing collects."""
+    listener = optimizer()
+    if listener is not None and listener.listening:
+        listener.complete(name, param)

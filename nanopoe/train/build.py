@@ -88,6 +88,9 @@ def build_run(experiment: Experiment, world: World) -> Run:
               loader, saver, lineage=lineage, resumed_from=checkpoint, warnings=warnings)
     if checkpoint is not None:
         run.step, run.tokens = checkpoint.step, stored(checkpoint, "tokens", int)
+        computed = checkpoint.manifest.fingerprints.get("compute")
+        if computed != compute_of(model):
+            warnings.append(f"computed in {computed} up to here, from here in {compute_of(model)}")
     with dist.agree(world.device):
         if world.is_main:
             keep_tokenizer(Path(experiment.tokenizer), run.folder)
@@ -141,8 +144,10 @@ def build_loader(experiment: Experiment, tokenizer: Tokenizer, plan: Plan, world
     if position is None:
         return loader, lineage
     then, now = position["fingerprint"]["sources"], loader.fingerprint["sources"]
-    if then != now and not mixed_anew:
-        lineage = [*lineage, {"step": step, "changed": {"data.train contents": [then, now]}}]
+    if then != now:
+        earlier = [entry for entry in lineage if entry["step"] != step]
+        asked_for = {key: change for entry in lineage if entry["step"] == step for key, change in entry["changed"].items()}
+        lineage = [*earlier, {"step": step, "changed": {**asked_for, "data.train contents": [then, now]}}]
     return loader, lineage
 
 
@@ -151,9 +156,14 @@ def build_saver(experiment: Experiment, tokenizer: Tokenizer, model: GPT, optimi
     """Collective: the saving thread has a process group of its own."""
     group = dist.side_group(max(SAVE_TIMEOUT_S, experiment.runtime.timeout_s))
     with dist.agree(world.device), out_of_memory(experiment, world.device):
-        fingerprints = {"config": config_hash(experiment), "tokenizer": tokenizer.digest}
+        fingerprints = {"config": config_hash(experiment), "tokenizer": tokenizer.digest, "compute": compute_of(model)}
         target = Target(experiment, world, fingerprints, None if checkpoint is None else checkpoint.step, group)
         return Saver(target, dict(model.named_parameters()), optimizer.state_parts)
+
+
+def compute_of(model: GPT) -> str:
+    """The dtype of activations as recorded with a checkpoint: "float32"."""
+    return str(model.compute_dtype).removeprefix("torch.")
 
 
 def keep_tokenizer(source: Path, run: Path) -> None:

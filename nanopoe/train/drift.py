@@ -21,7 +21,7 @@ def compare_ranks(optimizer: DistMuonAdamW, world: World) -> None:
     """
     if world.size == 1:
         return
-    pieces = [piece for batch in optimizer.batches for piece in batch.pieces]
+    pieces = [piece for batch in optimizer.parcels for piece in batch.pieces]
     mine = torch.stack([bit_sum(optimizer.params[p.param].detach()[p.low:p.high]) for p in pieces])      # (pieces,)
     everyone = mine.new_zeros(world.size * len(pieces))
     dist.all_gather(everyone, mine).wait()

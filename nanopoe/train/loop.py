@@ -78,7 +78,7 @@ def greet(run: Run, watch: Watch) -> None:
 def advance(run: Run, watch: Watch, warm: bool) -> dict[str, Any]:
     """Make one update and tell of it; returns the data position after its batch. Collective.
 
-    The first update of a life is not `warm`: it compiles, which counts as building.
+    The first update of a life is not `warm`: kernels and memory are set up in it, which counts as building.
     """
     experiment, step, start = run.experiment, run.step + 1, time.perf_counter()
     dist.mark("data" if warm else "build", step)
@@ -136,7 +136,7 @@ def report(run: Run, losses: Losses, seconds: float) -> dict[str, Any]:
     """The train line of metrics.jsonl for the step just made (run.step is still the one before)."""
     tokens_per_s = run.plan.tokens_per_step / seconds
     flops = tokens_per_s * flops_per_token(run.experiment.model)
-    muon_decay = next((b.group.weight_decay for b in run.optimizer.batches if b.group.kind == "muon"), 0.0)
+    muon_decay = next((b.group.weight_decay for b in run.optimizer.parcels if b.group.kind == "muon"), 0.0)
     return {
         "step": run.step + 1, "tokens": run.tokens, "loss": losses.loss,
         "stage_loss": losses.stage_loss, "pool_loss": losses.pool_loss, "lr_scale": run.schedule.lr_scale(run.step),

@@ -37,6 +37,10 @@ def check_resume(experiment: Experiment, checkpoint: Checkpoint, tokenizer: Toke
     if checkpoint.manifest.fingerprints.get("tokenizer") != tokenizer.digest:
         digest = str(checkpoint.manifest.fingerprints.get("tokenizer"))[:12]
         raise CheckpointError("was trained with another tokenizer", where, f"its sha256 begins with {digest}")
+    total = sum(cycle.steps for cycle in experiment.schedule.cycles)
+    if total < checkpoint.step:
+        raise CheckpointError(f"is of step {checkpoint.step}, schedule.cycles now end at {total}", where,
+                              "go back to an earlier one with resume.step, or give it more steps")
     appended = cycles_appended(experiment, checkpoint)
     changed = {key: [then.get(key), now.get(key)] for key in {**then, **now}
                if then.get(key) != now.get(key) and not FREE.fullmatch(key)
@@ -59,15 +63,15 @@ def check_resume(experiment: Experiment, checkpoint: Checkpoint, tokenizer: Toke
 
 
 def cycles_appended(experiment: Experiment, checkpoint: Checkpoint) -> bool:
-    """Whether cycles were added behind those there were, which leaves every earlier step as it was."""
+    """Whether cycles were added behind those there were when these had ended, which changes no step that was made."""
     old, new = checkpoint.experiment.schedule.cycles, experiment.schedule.cycles
     if len(new) <= len(old) or new[: len(old)] != old:
         return False
     ended = sum(cycle.steps for cycle in old)
     if checkpoint.step != ended and not covers(experiment.resume.allow, "schedule.cycles"):
         raise CheckpointError(f"cycles were appended, but this is step {checkpoint.step} of {ended}", checkpoint.path,
-                              "finish the cycles before, then append")
-    return True
+                              "finish the cycles before, then append; or resume.allow=[schedule.cycles] if it is meant")
+    return checkpoint.step == ended
 
 
 def check_allow(allowed: tuple[str, ...], keys: list[str]) -> None:

@@ -38,7 +38,7 @@ class Saves:
         dist.mark("save", run.step)         # which waits for the one before, if that is still under way
         run.saver.save(state)
         if wait:
-            self.finish(position)
+            self._wait(last=True)
 
     def take(self, finished: int) -> None:
         """Take the outcome of a save if all ranks have it; `finished` is how many do."""
@@ -49,12 +49,15 @@ class Saves:
 
     def finish(self, position: dict[str, Any] | None) -> None:
         """Wait until all that was trained is on the disk; `position` is null if nothing was. Collective."""
+        self._wait(last=False)
+        if position is not None and self.newest < self.run.step:          # never begun, or refused by the disk
+            self.save(position, wait=True)
+
+    def _wait(self, last: bool) -> None:
         dist.mark("save", self.run.step)
-        if position is not None and self.newest < self.run.step:
-            self.save(position, wait=False)
         self.run.saver.close()
         while (outcome := self.run.saver.poll()) is not None:
-            self._tell(outcome, last=outcome.step == self.run.step)
+            self._tell(outcome, last=last and outcome.step == self.run.step)
 
     def _tell(self, outcome: Outcome, last: bool) -> None:
         for warning in outcome.warnings:
@@ -67,6 +70,7 @@ class Saves:
             self.status.tell("running", self.run.step)
             return
         self._failed += 1
+        self.newest = min(self.newest, outcome.step - 1)
         limit = self.run.experiment.checkpoint.max_failed
         if last or not isinstance(error, StorageError) or self._failed >= limit:
             raise everywhere(error) if isinstance(error, StorageError) else error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -39,7 +40,7 @@ def train_step(model: GPT, optimizer: DistMuonAdamW, rows: Tensor, step: int, ob
     """
     K = model.layout.n_stages
     scale = 1.0 / plan.tokens_per_step
-    # sums over this rank: [total, stages.., pool, targets]; then the gradient's norm and a flag per rank
+    # sums over this rank: [total, stages.., pool, targets]; then the gradient's squared norm
     sums = torch.zeros(K + 3, dtype=torch.float64, device=world.device)
     for batch in rows.to(world.device, torch.int64).unbind(0):
         micro = backward_stages(model, batch[:, :-1], batch[:, 1:], objective, scale, report_pool)
@@ -50,16 +51,14 @@ def train_step(model: GPT, optimizer: DistMuonAdamW, rows: Tensor, step: int, ob
         sums[K + 2] += micro.targets
         optimizer.take()
     squared_norm = optimizer.reduce()
-    flags = torch.zeros(world.size, dtype=torch.float64, device=world.device)
-    flags[world.rank] = float(not bool(sums.isfinite().all()))
-    flat = dist.all_reduce_sum_(torch.cat([sums, squared_norm.view(1), flags]))
-    if not bool(flat.isfinite().all()):
+    flat: list[float] = dist.all_reduce_sum_(torch.cat([sums, squared_norm.view(1)])).tolist()
+    if not all(map(math.isfinite, flat)):
         optimizer.discard()
         _stop(model, optimizer, rows, step, objective, scale, world)
     # Losses were divided by the tokens of a full step; masked targets make the real number smaller.
     targets = int(flat[K + 2])
     grad_scale = plan.tokens_per_step / targets if targets else 1.0
-    losses = _losses(flat.tolist(), K, report_pool, grad_scale)
+    losses = _losses(flat, K, report_pool, grad_scale)
     optimizer.update(schedule.lr_scale(step), schedule.momentum(step), schedule.weight_decay_scale(step), grad_scale)
     return losses
 
@@ -81,13 +80,14 @@ def _stop(model: GPT, optimizer: DistMuonAdamW, rows: Tensor, step: int, objecti
 
     The weights are as before and nothing is random, so doing the step's backward again finds it, without sending.
     """
-    with optimizer.deaf():
+    with dist.agree(world.device), optimizer.deaf():
         mine = find_nonfinite(model, rows.to(world.device, torch.int64), objective, scale)
     found = dist.gather_json(mine, world.device)
     ranks = [f"rank {r} (micro-batch {', '.join(str(i * world.size + r) for i in sorted(map(int, f)))})"
              for r, f in enumerate(found) if f]
     names = [name for f in found for micro in f.values() for name in micro]
-    what = f"loss or gradient is not finite in step {step + 1}, {', '.join(ranks) or 'in the sum over ranks only'}"
+    where = ", ".join(ranks) or "only in sums over micro-batches or ranks"
+    what = f"loss or gradient is not finite in step {step + 1}, {where}"
     if names:
         what += f", first in {', '.join(names[:3])}"
     raise everywhere(NumericsError(what, do="weights are as before the step: resume from the last checkpoint with a "

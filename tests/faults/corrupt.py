@@ -32,15 +32,19 @@ CRASHED = {"kind": "crash"}
 class Reader:
     """A process of its own that loads runs; it is looked at from outside, and replaced when it dies."""
 
-    def __init__(self) -> None:
+    def __init__(self, good: dict[str, Any]):
+        self._good = good
         self.begin()
 
     def begin(self) -> None:
+        """A new process, that has loaded a good run once: what that costs the first time is no mutant's."""
         context = multiprocessing.get_context("forkserver")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs,))
         self._process.start()
         theirs.close()
+        self._pipe.send(self._good)
+        assert self._pipe.recv()["kind"] == "loaded"
 
     def load(self, experiment: dict[str, Any]) -> dict[str, Any]:
         """{kind: "loaded" or of the error, message, seconds, peak: bytes, taken: memory was taken for the model}"""
@@ -114,45 +118,46 @@ def fingerprint(folder: Path) -> str:
 def corrupt(room: Room, trials: int) -> Report:
     """Mutants of a run by one rank and one by two, kinds in turn; every 100th is a bomb, every 50th goes through the
     command line."""
-    report, reader = Report(), Reader()
+    report = Report()
     changes = {"schedule.cycles": [{**CYCLE, "steps": 3}], "evaluation.every": None, "evaluation.tokens": 128}
     runs = [room.whole(name, ranks, seed=seed, **changes)
             for name, ranks, seed in (("by1", 1, 7), ("by2", 2, 7), ("foreign1", 1, 8), ("foreign2", 2, 8))]
+    reader = Reader(room.experiment("by1", **changes))
     clean = controls(room, report, reader, runs[:2], changes)
-    slowest, largest = 0.0, 0.0
+    worst = [0.0, 0.0]
     for i in range(trials):
-        run, foreign = runs[i % 2], runs[2 + i % 2]
+        make = bomb if i % 100 == 50 else list(KINDS.values())[i // 2 % len(KINDS)]
         step = room.draw.choice([2, 3, 3])
-        with copied(run, room.folder / "victim") as victim_run:
-            folder = folder_of(victim_run, step)
+        with copied(runs[i % 2], room.folder / "victim") as run:
+            folder = folder_of(run, step)
             before = fingerprint(folder)
-            victim = Victim(folder, folder_of(run, step - 1), folder_of(foreign, step), room.draw)
-            make = bomb if i % 100 == 50 else list(KINDS.values())[i // 2 % len(KINDS)]
-            damage = make(victim)
-            what = f"{make.__name__} {i} ({run.name} step {step}): {damage.what}"
+            damage = make(Victim(folder, folder_of(runs[i % 2], step - 1), folder_of(runs[2 + i % 2], step), room.draw))
+            what = f"{make.__name__} {i} ({runs[i % 2].name} step {step}): {damage.what}"
             if not report.check(fingerprint(folder) != before, f"{what}: changed nothing"):
                 continue
             report.trials += 1
             experiment = room.experiment("victim", **changes, **({} if step == 3 else {"resume": {"step": step}}))
             found = reader.load(experiment)
+            if found["seconds"] > SECONDS:                         # others use the machine: the better of two
+                found = min(found, reader.load(experiment), key=lambda f: f["seconds"])
             if make is bomb:
                 reader.end()                                       # what it has taken must not count for the next one
                 reader.begin()
-            judge(report, found, damage, what)
-            peak = found["peak"] / clean
-            slowest, largest = max(slowest, found["seconds"]), max(largest, peak)
-            report.check(found["seconds"] <= SECONDS, f"{what}: took {found['seconds']:.1f} s")
-            report.check(peak <= MEMORY, f"{what}: took {peak:.1f} x the memory of a clean load")
-            report.check(list_steps(victim_run) == [1, 2, 3], f"{what}: left the steps {list_steps(victim_run)}")
+            judge(report, {**found, "peak": found["peak"] / clean}, damage, what)
+            report.check(list_steps(run) == [1, 2, 3], f"{what}: left the steps {list_steps(run)}")
+            worst = [max(worst[0], found["seconds"]), max(worst[1], found["peak"] / clean)]
             if i % 50 == 25:
                 command_line(room, report, experiment, what)
     reader.end()
-    report.note = f"slowest {slowest:.2f} s, most memory {largest:.2f} x"
+    report.note = f"slowest {worst[0]:.2f} s, most memory {worst[1]:.2f} x"
     return report
 
 
 def judge(report: Report, found: dict[str, Any], damage: Damage, what: str) -> None:
+    """`peak` is relative to a clean load's."""
     message = found["message"]
+    report.check(found["seconds"] <= SECONDS, f"{what}: took {found['seconds']:.1f} s")
+    report.check(found["peak"] <= MEMORY, f"{what}: took {found['peak']:.1f} x the memory of a clean load")
     if not report.check(found["kind"] in damage.kinds, f"{what}: {found['kind']}: {message[:200]}"):
         return
     report.check("\n" not in message and len(message) < 1000, f"{what}: not one line: {message[:200]}")

@@ -5,6 +5,7 @@ nanopoe/checkpoint/files.py promises that all changes go through these attribute
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -95,6 +96,8 @@ class Refusing:
       once  nothing more
       save  all of the save under way, tried again or not
       ever  everything
+
+    but folders, which a full or broken disk often still takes: the others (EROFS, EDQUOT) refuse these too.
     """
 
     folder: str
@@ -114,7 +117,9 @@ class Refusing:
             if n == self.at:
                 self.record.add(call=name, path=path, training=training)
                 save = save_of(path)
-            if n == self.at or (n > self.at > 0 and (self.form == "ever" or (self.form == "save" and save in path))):
+            later = self.form == "ever" or (self.form == "save" and save != "" and save in path)
+            takes = name == "mkdir" and self.code in (errno.ENOSPC, errno.EIO)
+            if n == self.at or (n > self.at > 0 and later and not takes):
                 raise OSError(self.code, os.strerror(self.code), None if name in ("write", "fsync") else path)
             training = training or (name == "open" and path.endswith("metrics.jsonl"))
 
@@ -137,7 +142,7 @@ class Undeletable:
         def before(name: str, path: str) -> None:
             if "/.trash-" in path:
                 self.record.add(refused=path)
-                raise OSError(13, os.strerror(13), path)
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
 
         watch_calls(self.folder, DELETES, before)
         Guarded(self.folder, self.record)()

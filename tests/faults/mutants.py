@@ -289,17 +289,19 @@ def sealed_number(v: Victim) -> Damage:
 
 @kind
 def sealed_field(v: Victim) -> Damage:
-    """A key too few or too many, or the value of another kind, anywhere in the first two levels."""
+    """A key too few or too many, or the value of another kind, anywhere in the first two levels. What wrote it is
+    only told, and may say anything."""
     manifest = v.manifest()
     at = v.draw.choice([manifest, manifest["files"], next(iter(manifest["files"].values())), manifest["tensors"],
                         manifest["tensors"][v.tensor()]])
-    key, how = v.draw.choice([k for k in sorted(at) if k != "sha256"]), v.draw.choice(["less", "more", "other"])
+    free = {"sha256", "world_size", "nanopoe", "torch"} if at is manifest else set()
+    key, how = v.draw.choice(sorted(at.keys() - free)), v.draw.choice(["less", "more", "other"])
     if how == "less":
         del at[key]
     elif how == "more":
         at["x" * v.draw.choice([1, 300])] = at[key]
     else:
-        at[key] = v.draw.choice([None, [], {}, "", 3, [1], {"a": 1}])
+        at[key] = v.draw.choice([None, [], {}, "", 7, [1], {"a": 1}])
     v.reseal(manifest)
     return Damage(f"{how} {key}", (MANIFEST, *v.tensor_files, "config.json", v.folder.name))
 
