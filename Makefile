@@ -6,13 +6,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart test test-slow check bench clean
+.PHONY: help setup quickstart test test-slow faults check bench clean
 
 help:
 	@echo "make setup       create .venv with the locked versions"
 	@echo "make quickstart  data, tokenizer, a small PoE, evaluation, export, generation: under 10 minutes on 2 cores"
 	@echo "make test        the tests, under 6 minutes on 2 cores"
-	@echo "make test-slow   the long ones"
+	@echo "make test-slow   the long ones, the whole fault suite among them"
+	@echo "make faults      the whole fault suite alone: a line for each fault, about half an hour"
 	@echo "make check       ruff, types, the layers of the house, every experiment file"
 	@echo "make bench       speed and memory of a training step"
 
@@ -32,6 +33,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow
+
+faults: $(READY)
+	$(RUN) -m tests.faults
 
 check: $(READY)
 	$(RUN) -m ruff check .

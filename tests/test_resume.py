@@ -91,7 +91,7 @@ def test_what_the_schedule_may_become(data: Path, half: Path) -> None:
         with pytest.raises(CheckpointError, match=r"resume\.allow=\[schedule\.cycles\]"):
             train(ALONE, {**base, "schedule": {"cycles": changed}})
     allow = {"resume": {"allow": ["schedule"]}}
-    with pytest.raises(CheckpointError, match="is of step 4, schedule.cycles now end at 3"):
+    with pytest.raises(CheckpointError, match=r"is of step 4, schedule\.cycles now end at 3"):
         train(ALONE, {**base, **allow, "schedule": {"cycles": [{**cycles[0], "steps": 3}]}})
     assert train(ALONE, {**base, **allow, "schedule": {"cycles": [*cycles, cycles[1]]}}) == 11
     assert {key.split(".")[2] for key in lineage(half)[0]["changed"]} == {"2"}

@@ -155,7 +155,7 @@ class DistMuonAdamW:
         """The gradient of `param` over one micro-batch is complete: send its pieces off and let go of it."""
         assert name not in self._taken, f"{name} got two gradients in a micro-batch: it is shared"
         grad, param.grad = param.grad, None
-        assert grad is not None and grad.is_contiguous(), f"no plain gradient of {name}: has another optimizer taken it?"
+        assert grad is not None and grad.is_contiguous(), f"no plain gradient of {name}: did another take it?"
         self._taken.add(name)
         for piece in self._pieces[name]:
             self._send(piece, grad[piece.low:piece.high], whole=len(self._pieces[name]) == 1)

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -135,8 +136,8 @@ def build_loader(experiment: Experiment, tokenizer: Tokenizer, plan: Plan, world
     step, position = 0, None
     if checkpoint is not None:
         step, position = checkpoint.step, stored(checkpoint, "position", dict)
-    asked = experiment.resume.allow
-    may_change = [name for name, key in (("sources", "data.train"), ("seed", "seed")) if covers(asked, key)]
+    allowed = experiment.resume.allow
+    may_change = [name for name, key in (("sources", "data.train"), ("seed", "seed")) if covers(allowed, key)]
     mixed_anew = any(key.startswith("data.train") for entry in lineage if entry["step"] == step
                      for key in entry["changed"])
     loader = train_loader(experiment.data, tokenizer, plan, seed=experiment.seed, rank=world.rank, start_step=step,
@@ -146,8 +147,8 @@ def build_loader(experiment: Experiment, tokenizer: Tokenizer, plan: Plan, world
     then, now = position["fingerprint"]["sources"], loader.fingerprint["sources"]
     if then != now:
         earlier = [entry for entry in lineage if entry["step"] != step]
-        asked_for = {key: change for entry in lineage if entry["step"] == step for key, change in entry["changed"].items()}
-        lineage = [*earlier, {"step": step, "changed": {**asked_for, "data.train contents": [then, now]}}]
+        asked: dict[str, Any] = next((entry["changed"] for entry in lineage if entry["step"] == step), {})
+        lineage = [*earlier, {"step": step, "changed": {**asked, "data.train contents": [then, now]}}]
     return loader, lineage
 
 

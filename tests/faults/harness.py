@@ -82,7 +82,7 @@ class Room:
     def whole(self, name: str, ranks: int = 1, **changes: Any) -> Path:
         """The run folder of a run that nothing happened to."""
         experiment = self.experiment(name, **changes)
-        codes = self.start(experiment, ranks).wait()
+        codes = self.start(experiment, ranks).wait(5 * PATIENCE_S)
         assert codes == [0] * ranks, f"the undisturbed run ended with {codes}"
         return Path(experiment["run_dir"])
 
