@@ -41,7 +41,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 def steps(world: World, n: int, change: str = "") -> str:
     """Digest of the parameters after n steps with gradients that all ranks share."""
     params = parameters()
-    optimizer = DistMuonAdamW(params, groups(), world.rank, world.size)
+    optimizer = DistMuonAdamW(params, groups(), world.rank, world.size, numerics="strict")
     for step in range(n):
         generator = torch.Generator().manual_seed(100 + step)
         for name, p in params.items():
@@ -85,7 +85,6 @@ def test_strict_numerics_do_not_depend_on_the_world_size() -> None:
     assert alone[1] == ["rows", "vector"], "every other gradient has left when the backward returns"
     for size in (2, 3, 4):
         assert run_ranks(micro_steps, size, "strict", 4) == [alone] * size
-    assert micro_steps(World(0, 1, torch.device("cpu")), "fast", 4)[0] == alone[0]       # one rank has one order
     assert run_ranks(micro_steps, 3, "fast", 4)[0][0] != alone[0]                        # control: the order shows
     assert run_ranks(micro_steps, 3, "strict", 4, 5)[0][0] != alone[0]                   # control: one micro-batch
 

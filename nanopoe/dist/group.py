@@ -82,16 +82,18 @@ def world(device: str = "auto", timeout_s: int = 600, rank: int | None = None, s
     if size > 1:
         store = meet(rank, size, timeout_s) if init_method is None else None
         patience = timeout_s if store is None else max(timeout_s, int(LONG_S))
+        if store is not None:                   # now: a rank may also be lost while the group comes together
+            heartbeat.start(connect("heartbeat", HEARTBEAT_TIMEOUT_S), rank, size, timeout_s, not agent_holds_store())
         try:
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", init_method=init_method, store=store,
                                     rank=rank, world_size=size, timeout=datetime.timedelta(seconds=patience))
         except (RuntimeError, ValueError) as error:
-            raise PeerError(f"the {size} ranks did not meet: {heartbeat.first_line(error)}", f"rank {rank}",
-                            "check MASTER_ADDR, MASTER_PORT and that every rank was started") from error
+            apart = PeerError(f"the {size} ranks did not meet: {heartbeat.first_line(error)}", f"rank {rank}",
+                              "check MASTER_ADDR, MASTER_PORT and that every rank was started")
+            heartbeat.stop(apart)
+            raise apart from error
         if dist.get_world_size() != size:
             raise PeerError(f"the group has {dist.get_world_size()} ranks, the environment says {size}", f"rank {rank}")
-        if store is not None:
-            heartbeat.start(connect("heartbeat", HEARTBEAT_TIMEOUT_S), rank, size, timeout_s, not agent_holds_store())
     failure: BaseException | None = None
     try:
         yield World(rank, size, chosen)

@@ -65,7 +65,7 @@ class Owned:
 class Parcel:
     """Pieces of one kind of update that are sent together: all of one AdamW parameter, or matrices of one shape.
 
-    `state` of muon's own shards is stacked (n, ...), each owned's is a view of it, so that a GPU takes them at once.
+    `state` of muon's own shards is stacked (n, ...), each owned's is a view of it, so that one update takes them all.
     """
 
     group: Group
@@ -253,8 +253,7 @@ class DistMuonAdamW:
                        group.betas, group.eps, group.weight_decay)
             return
         decay = group.weight_decay * decay_scale
-        if self.numerics == "strict" or not own[0].values.is_cuda:
-            # one by one: the bits cannot depend on how many matrices a rank owns
+        if self.numerics == "strict":      # one by one: the bits cannot depend on how many matrices a rank owns
             for s in own:
                 muon_(s.values, s.grad, s.state["momentum"], s.state["second"], lr, momentum,  # type: ignore[arg-type]
                       group.beta2, decay, self.polar_dtype)

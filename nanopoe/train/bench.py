@@ -96,7 +96,8 @@ def bench_optimizer(experiment: Experiment, world: World, steps: int = 9) -> dic
             if i:
                 seconds[name].append(clock(world) - start)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    difference = max(float((p - q).abs().max()) for p, q in zip(ours.parameters(), plain.parameters(), strict=True))
+    pairs = zip(ours.parameters(), plain.parameters(), strict=True)
+    difference = max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
     return {"experiment": experiment.name, "device": f"{world.device} {compute.device_name}",
             "dtype": str(compute.dtype)[6:], "parameters": sum(g.numel() for g in grads.values()), **median,
             "ratio": median["sharded"] / median["plain"], "difference": difference}

@@ -27,7 +27,7 @@ from tests.faults.resume import CYCLE, alike, told
 EVERY, STEPS = 2, 40
 # A save takes some milliseconds, and a step not many more. Strict, so that 1 and 2 ranks are one run.
 OFTEN = {"model.n_layer": 2, "model.poe_every": 1, "model.n_embd": 64, "runtime.numerics": "strict",
-         "runtime.timeout_s": 20, "schedule.cycles": [{**CYCLE, "steps": STEPS}], "checkpoint.every": EVERY,
+         "runtime.timeout_s": 10, "schedule.cycles": [{**CYCLE, "steps": STEPS}], "checkpoint.every": EVERY,
          "checkpoint.keep_last": 2, "evaluation.every": 10, "logging.pool_every": 100}
 # Four micro-batches on four lanes, for 2 and 4 ranks; all checkpoints stay.
 FOUR = {**OFTEN, "model.n_embd": 32, "batch.device_batch_size": 2, "schedule.cycles": [{**CYCLE, "steps": 26}],
