@@ -142,8 +142,8 @@ def memory_per_rank(exp: Experiment, world_size: int) -> Memory:
 
 def gradients_on_their_way(exp: Experiment, trained: dict[str, tuple[int, ...]], world_size: int) -> int:
     """Bound on the bytes of whole gradients beside the sums: what all stages add to (complete only at the end of a
-    micro-batch), those in flight, the newest, and one of which some rows are still to leave. One rank that runs a
-    single micro-batch sums in place."""
+    micro-batch), those in flight, the newest in flight, the one just computed, and one of which some rows are still to
+    leave. One rank that runs a single micro-batch sums in place."""
     micro_batches = exp.batch.tokens_per_step // (exp.model.sequence_len * exp.batch.device_batch_size)
     if micro_batches == world_size == 1:
         return 0
@@ -152,7 +152,7 @@ def gradients_on_their_way(exp: Experiment, trained: dict[str, tuple[int, ...]],
     shared = sum(sizes[name] for name in all_stages)
     if world_size == 1:
         return shared + max(sizes.values())
-    in_flight = FLIGHT_BYTES + 2 * max(sizes.values())
+    in_flight = FLIGHT_BYTES + 3 * max(sizes.values())
     if exp.runtime.numerics == "strict":                          # an owner gets every rank's
         in_flight += world_size * in_flight
     return shared + in_flight

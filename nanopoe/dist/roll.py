@@ -154,7 +154,7 @@ class Roll:
 
     def _patience(self, peer: Peer, limit: float) -> float:
         """How long this rank may be silent or still where others may for `limit`."""
-        long = peer.record is None or (peer.record.phase in LONG_PHASES and peer.state != "stopped")
+        long = peer.record is not None and peer.record.phase in LONG_PHASES and peer.state != "stopped"
         return max(self.timeout_s, LONG_S) if long else limit
 
     @staticmethod
