@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make setup       create .venv with the locked versions"
 	@echo "make quickstart  data, tokenizer, a small PoE, evaluation, export, generation: under 10 minutes on 2 cores"
-	@echo "make test        the tests, under 6 minutes on 2 cores"
+	@echo "make test        the tests, some minutes on 2 cores"
 	@echo "make test-slow   the long ones, the whole fault suite among them"
 	@echo "make faults      the whole fault suite alone: a line for each fault, about three quarters of an hour"
 	@echo "make check       ruff, types, the layers of the house, every experiment file"

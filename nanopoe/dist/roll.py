@@ -2,8 +2,9 @@
 
 The rules, in this order; `timeout_s` is runtime.timeout_s:
 - Lost is a rank that left with an error, or whose process is gone from this machine.
-- Lost is a rank that no longer beats: after min(timeout_s, 30 s). On this machine a process that lives and is not
-  stopped is never lost for that alone: it may hold Python's lock for long, or wait to be swapped in.
+- Lost is a rank that no longer beats: after min(timeout_s, 30 s); or that came but never did: after 30 s. On this
+  machine a process that lives and is not stopped is never lost for that alone: it may hold Python's lock for long, or
+  wait to be swapped in.
 - Hung is a rank that made no progress for timeout_s while another waited as long for it: the one that entered the
   fewest collectives and does not wait in one. A mark (a batch, a micro-batch, a phase), a collective entered and the
   end of a wait are progress.
@@ -154,7 +155,9 @@ class Roll:
 
     def _patience(self, peer: Peer, limit: float) -> float:
         """How long this rank may be silent or still where others may for `limit`."""
-        long = peer.record is not None and peer.record.phase in LONG_PHASES and peer.state != "stopped"
+        if peer.record is None:                            # it came to the rendezvous, and there beats begin
+            return SILENT_S
+        long = peer.record.phase in LONG_PHASES and peer.state != "stopped"
         return max(self.timeout_s, LONG_S) if long else limit
 
     @staticmethod

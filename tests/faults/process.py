@@ -155,7 +155,7 @@ def kills(room: Room, trials: int) -> Report:
 
 def survived(report: Report, chain: Chain, life: Life, victim: int | None) -> None:
     """The killed are dead; a rank that was not killed left with code 6, or 0 if all was done."""
-    codes = life.wait(30)
+    codes = life.wait(45)
     allowed = (6, 0) if list_steps(chain.run_dir)[-1:] == [chain.steps] else (6,)
     for rank, code in enumerate(codes):
         good = (-signal.SIGKILL, 0) if victim in (None, rank) else allowed
