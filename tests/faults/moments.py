@@ -92,7 +92,9 @@ def lasting(whole: Path, every: int) -> dict[str, float]:
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:
     """Of metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    written = (run_dir / "metrics.jsonl").read_text()
+    whole = written[: written.rfind("\n") + 1]                  # a living run may be in the middle of a line
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def last_step(run_dir: Path) -> int:
