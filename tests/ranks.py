@@ -101,7 +101,7 @@ def experiment_dict(data: Path, run_dir: Path, **changes: Any) -> dict[str, Any]
         "objective": {"kind": "ce", "alpha": 0.0, "rho": None},
         "data": {"train": [{"name": "tiny", "path": str(data / "train")}],
                  "val": [{"name": "tiny", "path": str(data / "val")}],
-                 "lanes": 4, "buffer_documents": 8, "case_aug_prob": 0.1},
+                 "packing": "bestfit_crop", "lanes": 4, "buffer_documents": 8, "case_aug_prob": 0.1},
         "batch": {"tokens_per_step": 32 * 4 * 2, "device_batch_size": 4},
         "schedule": {"cycles": [{"steps": 5, "peak": 1.0, **cycle},
                                 {"steps": 3, "peak": 0.5, **cycle, "momentum_warmup_steps": 0}]},

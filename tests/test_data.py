@@ -334,7 +334,8 @@ def test_sizes_that_do_not_divide_are_refused(mixture):
 def test_train_loader_of_an_experiment(mixture, tmp_path):
     tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
     sources = tuple(SourceConfig(name=name, path=str(tmp_path / name)) for name in ("prose", "code"))
-    data = DataConfig(train=sources, val=sources, lanes=6, buffer_documents=4, case_aug_prob=0.0)
+    data = DataConfig(train=sources, val=sources, packing="bestfit_crop", lanes=6, buffer_documents=4,
+                      case_aug_prob=0.0)
     plan = Plan(world_size=2, rows_per_step=12, micro_batches=6, micro_steps=3, device_batch_size=2, sequence_len=15,
                 tokens_per_step=180, total_steps=10, total_tokens=1800)
     parts = []

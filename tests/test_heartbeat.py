@@ -108,6 +108,19 @@ def test_a_hang_is_the_rank_that_the_others_wait_for() -> None:
     assert found is not None and found.ranks == () and found.what.startswith("all ranks wait for each other")
 
 
+def test_who_no_longer_beats_may_wait_no_more() -> None:
+    """Rank 1 said that it waits and then nothing: it may have gone on, so for a while nobody is to blame."""
+    judge = Roll(2, 10, lambda record: "alive")
+    hear(judge, 1, WAITS, WAITS)
+    found, ticks = None, 0
+    while found is None and ticks < 200:
+        ticks += 1
+        judge.hear({0: replace(WAITS, beat=1000 + ticks), 1: replace(WAITS, beat=0)}, roll.BEAT_S)
+        found = judge.judge()
+    assert found is not None and found.ranks == (1,) and "no longer beats" in found.what
+    assert roll.SILENT_S <= ticks * roll.BEAT_S <= roll.SILENT_S + 1
+
+
 def test_progress_is_no_hang() -> None:
     judge = Roll(2, 10, lambda record: "alive")
     for i in range(100):
@@ -258,11 +271,10 @@ def sleeps(world: World, phase: str, seconds: float, beats: int) -> None:
         dist.all_reduce_sum_(torch.ones(2))
 
 
-@pytest.mark.slow                        # a busy machine may see both ranks wait: to be made independent of timing
 def test_a_hung_rank_is_named_and_all_end(tmp_path: Path) -> None:
     ranks = live(sleeps, "data", 60.0, 1, folder=tmp_path, timeout_s=2)
     for rank, ended in enumerate(ranks):
-        assert ended.code == 6 and ended.seconds < 10, ranks
+        assert ended.code == 6 and ended.seconds < 40, ranks
         assert ended.err.startswith(f"error[peer] rank {rank}: rank 1 hangs, last seen in step 3 (data, pid "), ranks
         assert ended.err.count("\n") == 1
     assert "in sleeps" in ranks[1].log and "in all_reduce" in ranks[0].log, "the stacks of both"
@@ -276,19 +288,23 @@ def test_what_takes_long_is_no_hang(tmp_path: Path, phase: str, beats: int) -> N
     assert [(r.code, r.err) for r in ranks] == [(0, "")] * 2
 
 
-def stops(world: World) -> None:
+def stops(world: World, victim: int) -> None:
     for step in range(1, 5):
         dist.mark("data", step)
-        if world.rank == 1 and step == 3:
+        if world.rank == victim and step == 3:
+            time.sleep(1.1)                                            # a beat tells of it
             os.kill(os.getpid(), signal.SIGSTOP)
         dist.all_reduce_sum_(torch.ones(2))
 
 
-def test_a_stopped_rank_is_named_and_woken(tmp_path: Path) -> None:
-    ranks = live(stops, folder=tmp_path, timeout_s=3)
-    assert ranks[0].code == 6 and ranks[0].seconds < 10, ranks
-    assert "rank 1 is stopped (State: T), last seen in step" in ranks[0].err, ranks
-    assert ranks[1].seconds < 20, "it does not stay behind"
+@pytest.mark.parametrize("victim, agent", [(1, True), (0, False)])
+def test_a_stopped_rank_is_named_and_woken(tmp_path: Path, victim: int, agent: bool) -> None:
+    """Without an agent rank 0 holds the store, and a client of a stopped store blocks."""
+    ranks = live(stops, victim, folder=tmp_path, timeout_s=3, agent=agent)
+    other = ranks[1 - victim]
+    assert other.code == 6 and other.seconds < 40, ranks
+    assert f"rank {victim} is stopped (State: T)" in other.err, ranks
+    assert ranks[victim].seconds < 60, "it does not stay behind"
 
 
 def asked_twice(world: World) -> None:

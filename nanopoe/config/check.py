@@ -109,10 +109,30 @@ def _data(d: DataConfig) -> Iterator[str]:
                 yield f"data.{split}.{i}.path: empty"
             if source.files is not None and (not source.files or "/" in source.files):
                 yield f"data.{split}.{i}.files: {source.files!r} is not a pattern of file names inside the folder"
+    yield from _kind(d)
     for i, val in enumerate(d.val):
         for j, train in enumerate(d.train):
             if _overlap(val, train):
                 yield f"data.val.{i}: reads the same files as data.train.{j} ({val.path}); the splits must not overlap"
+
+
+def _kind(d: DataConfig) -> Iterator[str]:
+    """What only text has, and what only conversations have."""
+    if (d.kind == "conversations") != (d.packing == "bestfit_pad"):
+        yield f"data.packing: {d.packing} does not go with kind {d.kind}; bestfit_pad is for conversations, and only it"
+    if (d.kind == "conversations") != (d.json_layout_prob is not None):
+        yield (f"data.json_layout_prob: {'needed' if d.kind == 'conversations' else 'must be null'} with kind {d.kind}")
+    if d.kind == "conversations":
+        if d.case_aug_prob:
+            yield "data.case_aug_prob: must be 0 with kind conversations; scripts.prepare_data can copy greetings"
+        for split, sources in (("train", d.train), ("val", d.val)):
+            for i, source in enumerate(sources):
+                if source.weight != 1.0:
+                    yield f"data.{split}.{i}.weight: must be 1 with kind conversations, where repeat counts"
+                if split == "val" and source.repeat != 1:
+                    yield f"data.val.{i}.repeat: must be 1; every conversation is evaluated once"
+    elif any(source.repeat != 1 for source in (*d.train, *d.val)):
+        yield "data.train: repeat must be 1 with kind text, which has weights"
 
 
 def _overlap(a: SourceConfig, b: SourceConfig) -> bool:

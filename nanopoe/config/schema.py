@@ -62,19 +62,29 @@ class SourceConfig(Strict):
     name: str = Field(pattern="^[A-Za-z0-9._-]+$")
     path: str = Field(description="folder of *.parquet with a string column `text`")
     files: str | None = Field(default=None, description="glob inside the folder; null means *.parquet")
-    weight: Rate = Field(default=1.0, description="share of the tokens, relative to the other sources")
+    weight: Rate = Field(default=1.0, description="share of the tokens, relative to the other sources; not of "
+                                                  "conversations, where repeat counts")
+    repeat: Size = Field(default=1, description="conversations: how often each comes in an epoch")
     code: bool = Field(default=False, description="program text: never case-augmented")
 
 
 class DataConfig(Strict):
     """What is read, in which order, and how rows are packed."""
 
+    kind: Literal["text", "conversations"] = Field(
+        default="text", description="conversations train on what the assistant says, all else is masked")
     train: tuple[SourceConfig, ...] = Field(min_length=1)
     val: tuple[SourceConfig, ...] = Field(min_length=1)
+    packing: Literal["bestfit_crop", "bestfit_split", "concat", "bestfit_pad"] = Field(
+        description="how documents fill rows: crop drops what does not fit, split goes on with it in the next row, "
+                    "concat cuts one endless stream; pad, of conversations, fills up with masked tokens")
     lanes: Annotated[int, Field(ge=1, le=65536)] = Field(
         description="fixed logical streams; the world size must divide it")
     buffer_documents: Positive = Field(description="documents a lane chooses from when it fills a row")
-    case_aug_prob: Fraction = Field(description="share of training documents re-cased (SPEC 8)")
+    case_aug_prob: Fraction = Field(description="share of training documents re-cased (SPEC 8); 0 of conversations")
+    json_layout_prob: Fraction | None = Field(
+        default=None, description="conversations: share of those with tools whose JSON is laid out anew, with indent "
+                                  "4, indent 2 or compact; null for text")
 
 
 class BatchConfig(Strict):
@@ -146,6 +156,8 @@ class LoggingConfig(Strict):
     every: Positive = Field(default=1, description="steps between console lines when not on a terminal")
     pool_every: Positive = Field(
         default=10, description="steps between looks at the pool's training loss, which costs a pass")
+    audit: bool = Field(
+        default=False, description="write which documents every row was made of to RUN/audit, for scripts.data audit")
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "nanopoe"
 

@@ -26,6 +26,7 @@ from nanopoe.dist.roll import BEAT_S, NOTICE_S, Record, Roll, Verdict, machine, 
 from nanopoe.errors import NanopoeError, PeerError, dump_stacks, leave_at_once, report
 
 LEAVE_S = 15.0                   # seconds that a rank which has failed may take to end
+ANSWER_S = 5.0                   # in which the store answers
 GO_ON = "start again to go on from the last checkpoint"
 
 
@@ -81,7 +82,7 @@ def stop(error: BaseException | None) -> None:
 
 
 class Heartbeat(threading.Thread):
-    """The thread. Only it touches the store; who tells of a lost rank holds `_telling`, so that it is told once."""
+    """The thread. Only it and its calls touch the store; who tells of a lost rank holds `_telling`, so that it is told once."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, held_by_rank_0: bool):
         super().__init__(name="heartbeat", daemon=True)
@@ -92,7 +93,8 @@ class Heartbeat(threading.Thread):
         self._record = Record(0, 0, "build", 0, 0, False, socket.gethostname(), here if mine else "", os.getpid(),
                               mine[1] if mine else "")
         self._known: list[int] = []                     # ranks whose record is in the store
-        self._blind = ""                                # why the store can no longer be read
+        self._call: Call | None = None                  # the last one to the store
+        self._blind = ""                                # why the store cannot be read
         self._telling = threading.Lock()
         self._told: PeerError | None = None
         self._wake, self._published = threading.Event(), threading.Event()
@@ -125,18 +127,27 @@ class Heartbeat(threading.Thread):
             self._telling.release()
 
     def _exchange(self) -> dict[int, Record]:
+        """Records by rank: what the store says, or what was known last while it does not answer."""
         left, blames = self._left or (None, ())
         self._record = replace(
             self._record, beat=self._record.beat + 1, step=pulse.step, phase=pulse.phase, moves=pulse.moves,
             entered=pulse.entered, waiting=pulse.waiting, left=left, blames=blames)
-        if self._blind:                                 # the processes of this machine can be looked at all the same
-            return {r: p.record for r, p in enumerate(self.roll.peers) if p.record is not None}
-        try:
-            self._store.set(str(self.rank), self._record.encode())
-            return self._read()
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            self._blind = first_line(error)
-            return {}
+        if self._call is None or self._call.settle():
+            self._call = Call(self._talk, self._record.encode())
+            self._call.join(ANSWER_S)
+        if self._call.is_alive():
+            self._blind = f"it does not answer for {ANSWER_S:g} s"
+        elif self._call.error is not None:
+            self._blind = first_line(self._call.error)
+        else:
+            self._blind = ""
+            return self._call.records
+        # the processes of this machine can be looked at all the same
+        return {r: p.record for r, p in enumerate(self.roll.peers) if p.record is not None}
+
+    def _talk(self, mine: str) -> dict[int, Record]:
+        self._store.set(str(self.rank), mine)
+        return self._read()
 
     def _read(self) -> dict[int, Record]:
         if len(self._known) < len(self.roll.peers):
@@ -155,7 +166,9 @@ class Heartbeat(threading.Thread):
     def _without_store(self) -> Verdict | None:
         if not self._held_by_rank_0:
             return None
-        return self.roll.verdict([0], lambda _: "is gone, and the store of the rendezvous with it")
+        stopped = self.roll.stopped((0,))
+        return self.roll.verdict([0], lambda _: "is stopped (State: T), and the store of the rendezvous with it"
+                                 if stopped else "is gone, and the store of the rendezvous with it")
 
     def _tell_and_end(self, verdict: Verdict) -> None:
         """Tell that a rank is lost and end this process, from the thread: the training thread cannot be reached."""
@@ -201,6 +214,27 @@ class Heartbeat(threading.Thread):
         self._left = last_words(error)
         self._wake.set()
         self._published.wait(2 * BEAT_S)
+
+
+class Call(threading.Thread):
+    """One exchange with the store, in a thread of its own: a client blocks for as long as a stopped host does."""
+
+    def __init__(self, talk: Callable[[str], dict[int, Record]], mine: str):
+        super().__init__(name="heartbeat-call", daemon=True)
+        self._talk, self._mine = talk, mine
+        self.records: dict[int, Record] = {}
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.records = self._talk(self._mine)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            self.error = error
+
+    def settle(self) -> bool:
+        """Whether another call may follow: this one came back, and the connection holds."""
+        return not self.is_alive() and self.error is None
 
 
 def last_words(error: BaseException | None) -> tuple[str, tuple[int, ...]]:

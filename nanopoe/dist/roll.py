@@ -10,7 +10,8 @@ The rules, in this order; `timeout_s` is runtime.timeout_s:
   end of a wait are progress.
 - In the phases "build" (which includes the first step, where things are compiled) and "save" both limits are
   max(timeout_s, 600 s).
-- When all ranks wait and none moves for that long, no rank is to blame; the ranks end all the same.
+- When all ranks wait and none moves for that long, no rank is to blame; the ranks end all the same. But one of them
+  that no longer beats may have gone on since, and is lost after max(timeout_s, 30 s).
 Time in which the judge itself stood still (a stopped process, a suspended machine) counts for nobody: its clock goes on
 by at most 1.5 s between two looks.
 """
@@ -127,8 +128,7 @@ class Roll:
     def _silent(self, limit: Callable[[Peer], float]) -> Verdict | None:
         silent = [r for r, p in enumerate(self.peers)
                   if p.state != "alive" and self._is_here(p) and self.clock - p.heard >= limit(p)]
-        return self.verdict(silent, lambda record: "is stopped (State: T)" if self._look(record) == "stopped"
-                             else "no longer beats")
+        return self.verdict(silent, lambda record: self._stands(record, "no longer beats"))
 
     def _stuck(self) -> Verdict | None:
         here = {r: p for r, p in enumerate(self.peers) if p.record is not None and self._is_here(p)}
@@ -140,9 +140,13 @@ class Roll:
             waited_for = any(still[r] >= self.timeout_s and (self._record(r).waiting
                                                              or self._record(r).entered > fewest) for r in here)
             hung = [r for r in idle if self._record(r).entered == fewest] if waited_for else []
-            return self.verdict(hung, lambda record: "hangs")
+            return self.verdict(hung, lambda record: self._stands(record, "hangs"))
         if here and all(self._record(r).waiting and still[r] >= self._patience(p, self.timeout_s)
                         for r, p in here.items()):
+            mute = {r: self.clock - p.heard for r, p in here.items() if self.clock - p.heard >= NOTICE_S}
+            if mute:                                    # what it last said may be long over
+                late = [r for r, seconds in mute.items() if seconds >= max(self.timeout_s, SILENT_S)]
+                return self.verdict(late, lambda record: "no longer beats")
             some = self._record(min(here))
             return Verdict((), f"all ranks wait for each other since step {some.step} ({some.phase})")
         return None
@@ -159,6 +163,9 @@ class Roll:
             return SILENT_S
         long = peer.record.phase in LONG_PHASES and peer.state != "stopped"
         return max(self.timeout_s, LONG_S) if long else limit
+
+    def _stands(self, record: Record, otherwise: str) -> str:
+        return "is stopped (State: T)" if self._look(record) == "stopped" else otherwise
 
     @staticmethod
     def _is_here(peer: Peer) -> bool:

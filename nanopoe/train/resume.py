@@ -2,7 +2,7 @@
 
   free    where things are, how fast it goes, what we see; the cut into micro-batches; appended cycles
   allow   what changes how the weights are learned from here on: needs resume.allow, and is kept in the lineage
-  never   what the saved tensors or the data position mean: architecture, tokenizer, lanes
+  never   what the saved tensors or the data position mean: architecture, tokenizer, lanes, packing
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nanopoe.tokenizer import Tokenizer
 # Contents are compared by digest, so places are free.
 FREE = re.compile(rf"({'|'.join(NOT_LEARNED)}|data\.val)(\..*)?|tokenizer|batch\.device_batch_size|"
                   r"data\.train\.\d+\.(path|files)")
-NEVER = re.compile(r"model(\..*)?|data\.lanes")
+NEVER = re.compile(r"model(\..*)?|data\.(lanes|kind|packing)")
 Lineage = list[dict[str, Any]]
 
 

@@ -71,21 +71,26 @@ def walked_rows(experiment: dict[str, Any], run_dir: Path, legs: tuple[int, ...]
     return out
 
 
-@fault("F5", "fast numerics: losses on 2, 3 and 4 ranks stay one rank's, but for rounding that grows", short=0, full=3)
+@fault("F5", "fast numerics: losses on 2, 3 and 4 ranks within 1e-5 of one rank's over 200 steps", short=0, full=3)
 def fast(room: Room, trials: int) -> Report:
-    """One trial is one number of ranks. 1e-5 over 200 steps was asked for and is not reached on this tiny model, whose
-    training multiplies a rounding error: the log has the figures. Asserted is what a wrong sum would break."""
-    long = {**TWELVE, "schedule.cycles": [{**CYCLE, "steps": 200}]}
-    alone, report, worst = losses(room.whole("1", 1, **long)), Report(trials), 0.0
+    """One trial is one number of ranks, at a tenth of the rates: at full rates this tiny model multiplies any rounding.
+
+    Control: one rank with another cut into micro-batches, so the same sums in another order, differs by more.
+    """
+    slow = {**TWELVE, "schedule.cycles": [{**CYCLE, "steps": 200, "peak": 0.1}]}
+    alone, report, worst = losses(room.whole("1", 1, **slow)), Report(trials), 0.0
     for ranks in (2, 3, 4)[:trials]:
-        found = losses(room.whole(str(ranks), ranks, **long))
-        apart = max(abs(found[step] - alone[step]) for step in range(1, 201))
+        apart = furthest(losses(room.whole(str(ranks), ranks, **slow)), alone)
         worst = max(worst, apart)
-        early = max(abs(found[step] - alone[step]) for step in range(1, 9))
-        report.check(early <= 5e-5, f"{ranks} ranks: a loss of the first 8 steps differs by {early:.1e}")
-        report.check(apart <= 1e-2, f"{ranks} ranks: a loss differs by {apart:.1e}")
-    report.note = f"largest difference in 200 steps {worst:.1e}"
+        report.check(apart <= 1e-5, f"{ranks} ranks: a loss differs by {apart:.1e}")
+    rounded = furthest(losses(room.whole("cut", 1, **{**slow, "batch.device_batch_size": 2})), alone)
+    report.check(rounded > 1e-5, f"control: another cut differs by {rounded:.1e} only")
+    report.note = f"largest difference {worst:.1e}; of another cut into micro-batches on one rank {rounded:.1e}"
     return report
+
+
+def furthest(some: dict[int, float], others: dict[int, float]) -> float:
+    return max(abs(some[step] - others[step]) for step in others)
 
 
 SHAPES = {"square": (128, 128), "square2": (128, 128), "square3": (128, 128), "odd": (127, 64), "wide": (64, 127),
