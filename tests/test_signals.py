@@ -31,7 +31,7 @@ from tests.ranks import experiment_dict, run_ranks
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
-TIMINGS = ("seconds", "tokens_per_s", "mfu", "memory_bytes")
+TIMINGS = ("seconds", "wait_seconds", "tokens_per_s", "mfu", "memory_bytes")
 
 
 def until(true: Callable[[], Any], seconds: float = 60) -> None:

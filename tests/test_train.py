@@ -20,7 +20,7 @@ from nanopoe.train import step as training
 from tests.ranks import experiment_dict, run_ranks
 
 ALONE = World(0, 1, torch.device("cpu"))
-TIMINGS = ("seconds", "tokens_per_s", "mfu", "memory_bytes")
+TIMINGS = ("seconds", "wait_seconds", "tokens_per_s", "mfu", "memory_bytes")
 
 
 def train(world: World, experiment: dict[str, Any]) -> int:

@@ -167,8 +167,8 @@ class Heartbeat(threading.Thread):
         if not self._held_by_rank_0:
             return None
         stopped = self.roll.stopped((0,))
-        return self.roll.verdict([0], lambda _: "is stopped (State: T), and the store of the rendezvous with it"
-                                 if stopped else "is gone, and the store of the rendezvous with it")
+        return self.roll.verdict([0], lambda _: "is stopped (State: T)" if stopped else
+                                 "is gone, and the store of the rendezvous with it")
 
     def _tell_and_end(self, verdict: Verdict) -> None:
         """Tell that a rank is lost and end this process, from the thread: the training thread cannot be reached."""

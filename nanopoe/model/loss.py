@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanopoe.config.schema import ObjectiveConfig
 
 IGNORE = -1              # a target that does not count
+
+
+def split_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed rows (B, T+1) -> inputs (B, T), targets (B, T) with IGNORE where there is none.
+
+    An entry of a row is a token id, or ~id (its bitwise complement, negative) for a token that nobody is to predict.
+    """
+    return torch.where(rows < 0, ~rows, rows)[:, :-1], rows[:, 1:].clamp(min=IGNORE)
 
 
 def nats(log_scores: Tensor, targets: Tensor) -> Tensor:

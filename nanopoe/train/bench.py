@@ -15,6 +15,7 @@ from nanopoe.config import Experiment, make_plan
 from nanopoe.config.counts import flops_per_token, memory_per_rank
 from nanopoe.dist import World
 from nanopoe.model import GPT
+from nanopoe.model.loss import split_rows
 from nanopoe.model.stages import backward_stages
 from nanopoe.optim import DistMuonAdamW
 from nanopoe.optim.groups import Group
@@ -41,7 +42,7 @@ def bench_step(experiment: Experiment, world: World, steps: int = 5) -> dict[str
     for step in range(steps + 1):
         start = clock(world)
         for batch in rows.unbind(0):
-            backward_stages(model, batch[:, :-1], batch[:, 1:], experiment.objective, 1 / plan.tokens_per_step)
+            backward_stages(model, *split_rows(batch), experiment.objective, 1 / plan.tokens_per_step)
             optimizer.take()
         middle = clock(world)
         optimizer.reduce()
@@ -158,7 +159,7 @@ def bench_memory(experiment: Experiment, world: World) -> dict[str, Any]:
     shape = (plan.micro_steps, plan.device_batch_size, plan.sequence_len + 1)
     rows = torch.randint(experiment.model.vocab_size, shape, generator=generator).to(world.device)
     for batch in rows.unbind(0):
-        backward_stages(model, batch[:, :-1], batch[:, 1:], experiment.objective, 1 / plan.tokens_per_step)
+        backward_stages(model, *split_rows(batch), experiment.objective, 1 / plan.tokens_per_step)
         optimizer.take()
         peak = max(peak, storage_bytes(gradients(optimizer)))
     optimizer.reduce()

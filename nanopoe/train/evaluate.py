@@ -23,6 +23,7 @@ from nanopoe.config import config_hash
 from nanopoe.errors import DataError, NumericsError, everywhere
 from nanopoe.infer.engine import Engine
 from nanopoe.model import GPT
+from nanopoe.model.loss import IGNORE, split_rows
 from nanopoe.model.pool import View
 from nanopoe.tokenizer import Tokenizer
 from nanopoe.train.build import validation
@@ -46,8 +47,9 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
              stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Bits per byte and top-1 accuracy of the full pool, every stage and every prefix (SPEC 7), as a JSON-able dict.
 
-    `batches` yields this rank's integer rows (b, T+1); `token_bytes` (V,) holds the bytes of a token, 0 for specials.
-    Targets of 0 bytes count nowhere. Every rank must call this, also one without rows. Keys of the result:
+    `batches` yields this rank's integer rows (b, T+1), ~id where an entry is no target; `token_bytes` (V,) holds the
+    bytes of a token, 0 for specials. Targets of 0 bytes count nowhere. Every rank must call this, also one without
+    rows. Keys of the result:
 
     bpb: {full, stages [K], prefixes [K], alpha {"0": .., ..}, renormalise_false}; bits per byte. The last is the
         un-normalised pool's, i.e. the mean of the stages'.
@@ -71,9 +73,9 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
         if stop():
             sums["stopped"] += 1
             break
-        ids = rows.to(device, torch.int64)
-        states = [x.flatten(0, 1) for x in model.boundary_states(ids[:, :-1])]      # K x (b*T, D)
-        targets = ids[:, 1:].flatten()
+        ids, targets = split_rows(rows.to(device, torch.int64))
+        states = [x.flatten(0, 1) for x in model.boundary_states(ids)]              # K x (b*T, D)
+        targets = targets.flatten()
         for start in range(0, targets.numel(), chunk_rows):
             part = slice(start, start + chunk_rows)
             _add_chunk(sums, model, [x[part] for x in states], targets[part], sizes, alphas)
@@ -94,7 +96,9 @@ def _zero_sums(n_stages: int, n_alphas: int, device: torch.device) -> dict[str, 
 def _add_chunk(sums: dict[str, Tensor], model: GPT, states: list[Tensor], targets: Tensor, sizes: Tensor,
                alphas: Sequence[float]) -> None:
     """Add the targets (c,) with the boundary states K x (c, D) before them to the sums."""
-    size = sizes[targets]
+    masked = targets == IGNORE
+    targets = targets.masked_fill(masked, 0)
+    size = sizes[targets].masked_fill(masked, 0)
     counted = (size > 0).to(torch.float64)                                 # (c,)
 
     def add(name: str, index: int, per_target: Tensor) -> None:

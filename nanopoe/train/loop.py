@@ -84,11 +84,12 @@ def advance(run: Run, watch: Watch, warm: bool) -> dict[str, Any]:
     dist.mark("data" if warm else "build", step)
     with dist.agree(run.world.device):                           # a bad shard on one rank stops all
         rows, position = next(run.loader)
+    waited = time.perf_counter() - start
     dist.mark("forward/backward" if warm else "build", step)
     losses = train_step(run.model, run.optimizer, rows, run.step, experiment.objective, run.schedule, run.plan,
                         run.world, report_pool=step % experiment.logging.pool_every == 0 or step == 1)
-    run.tokens += run.plan.tokens_per_step
-    watch.train(report(run, losses, time.perf_counter() - start))
+    run.tokens += losses.targets
+    watch.train(report(run, losses, time.perf_counter() - start, waited))
     run.step = step
     return position
 
@@ -132,8 +133,9 @@ def watch_of(run: Run) -> Watch:
                  wandb_project=log.wandb_project, config=dump_experiment(run.experiment))
 
 
-def report(run: Run, losses: Losses, seconds: float) -> dict[str, Any]:
-    """The train line of metrics.jsonl for the step just made (run.step is still the one before)."""
+def report(run: Run, losses: Losses, seconds: float, waited: float) -> dict[str, Any]:
+    """The train line of metrics.jsonl for the step just made (run.step is still the one before). Of `seconds`, rank 0
+    and those it agrees with `waited` for rows."""
     tokens_per_s = run.plan.tokens_per_step / seconds
     flops = tokens_per_s * flops_per_token(run.experiment.model)
     muon_decay = next((b.group.weight_decay for b in run.optimizer.parcels if b.group.kind == "muon"), 0.0)
@@ -142,8 +144,8 @@ def report(run: Run, losses: Losses, seconds: float) -> dict[str, Any]:
         "stage_loss": losses.stage_loss, "pool_loss": losses.pool_loss, "lr_scale": run.schedule.lr_scale(run.step),
         "momentum": run.schedule.momentum(run.step),
         "weight_decay": muon_decay * run.schedule.weight_decay_scale(run.step), "grad_norm": losses.grad_norm,
-        "seconds": seconds, "tokens_per_s": tokens_per_s, "mfu": flops / (run.compute.peak_flops * run.world.size),
-        "memory_bytes": memory_bytes(run.world.device),
+        "seconds": seconds, "wait_seconds": waited, "tokens_per_s": tokens_per_s,
+        "mfu": flops / (run.compute.peak_flops * run.world.size), "memory_bytes": memory_bytes(run.world.device),
     }
 
 

@@ -55,11 +55,16 @@ class Status:
         if self.state is None or self.state in ("finished", "failed"):
             return False
         self.state, self.exit_code = "failed", getattr(error, "exit_code", 1)
-        if self.rank != 0 and not self._speaks_for_rank_0(error):
+        if not (self._speaks_for_rank_0(error) if self.rank != 0 else self._speaks_first(error)):
             return False
         text = error.render() if isinstance(error, NanopoeError) else f"error[internal] {type(error).__name__}: {error}"
         self._write(text)
         return True
+
+    def _speaks_first(self, error: BaseException) -> bool:
+        """Rank 0 was stopped, and is awake to hear that the others are gone: they left for it, and have said so."""
+        told = read_status(self.path.parent) or {}
+        return not (isinstance(error, PeerError) and told.get("state") == "failed")
 
     def _speaks_for_rank_0(self, error: BaseException) -> bool:
         """Whether rank 0 is lost, with no better reason told by itself, and this is the first rank that is not."""

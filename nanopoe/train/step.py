@@ -15,6 +15,7 @@ from nanopoe.config import ObjectiveConfig, Plan
 from nanopoe.dist import World
 from nanopoe.errors import NumericsError, everywhere
 from nanopoe.model import GPT
+from nanopoe.model.loss import split_rows
 from nanopoe.model.stages import backward_stages
 from nanopoe.optim import DistMuonAdamW
 from nanopoe.schedule import Schedule
@@ -33,7 +34,9 @@ class Losses:
 
 def train_step(model: GPT, optimizer: DistMuonAdamW, rows: Tensor, step: int, objective: ObjectiveConfig,
                schedule: Schedule, plan: Plan, world: World, report_pool: bool) -> Losses:
-    """Run this rank's `rows` (micro_steps, b, T+1) backward and update every parameter once. Collective.
+    """Run this rank's `rows` (micro_steps, b, T+1) int32 backward and update every parameter once. Collective.
+
+    The mean is over the targets of all ranks: a micro-batch that is masked altogether adds nothing.
 
     NumericsError on every rank when a loss or gradient of any is not finite; weights and moments are untouched then.
     `report_pool` asks for the pool's loss too, which costs another pass over the logits.
@@ -42,8 +45,8 @@ def train_step(model: GPT, optimizer: DistMuonAdamW, rows: Tensor, step: int, ob
     scale = 1.0 / plan.tokens_per_step
     # sums over this rank: [total, stages.., pool, targets]; then the gradient's squared norm
     sums = torch.zeros(K + 3, dtype=torch.float64, device=world.device)
-    for batch in rows.to(world.device, torch.int64).unbind(0):
-        micro = backward_stages(model, batch[:, :-1], batch[:, 1:], objective, scale, report_pool)
+    for batch in rows.to(world.device, non_blocking=True).long().unbind(0):
+        micro = backward_stages(model, *split_rows(batch), objective, scale, report_pool)
         sums[0] += micro.total
         sums[1:K + 1] += micro.stages
         if micro.pool is not None:
@@ -109,7 +112,7 @@ def find_nonfinite(model: GPT, rows: Tensor, objective: ObjectiveConfig, scale: 
              for name, p in model.named_parameters() if p.requires_grad]
     for i, batch in enumerate(rows.unbind(0)):
         bad.clear()
-        losses = backward_stages(model, batch[:, :-1], batch[:, 1:], objective, scale)
+        losses = backward_stages(model, *split_rows(batch), objective, scale)
         if bad or not bool(losses.total.isfinite()):
             found[i] = bad[:3]
     for hook in hooks:

@@ -246,8 +246,14 @@ def torn(run_dir: Path) -> list[str]:
 
 def losses(run_dir: Path) -> dict[int, float]:
     """step -> loss of metrics.jsonl."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+    return {line["step"]: line["loss"] for line in lines_of(run_dir) if line["kind"] == "train"}
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl."""
+    written = (run_dir / "metrics.jsonl").read_text()
+    whole = written[: written.rfind("\n") + 1]                  # a living run may be in the middle of a line
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def leftovers(run_dir: Path, prefix: str) -> list[str]:

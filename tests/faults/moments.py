@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanopoe.checkpoint import list_steps
-from tests.faults.harness import Life, Torchrun, leftovers, losses
+from tests.faults.harness import Life, Torchrun, leftovers, lines_of, losses
 
 
 class Spy:
@@ -88,13 +87,6 @@ def lasting(whole: Path, every: int) -> dict[str, float]:
     evaluations = sorted(line["seconds"] for line in lines if line["kind"] == "eval")
     return {"any": 2.0, "start": 0.2, "build": 0.2, "training": 0.2, "save": saves[len(saves) // 2] / 2,
             "rotation": 0.0, "evaluation": evaluations[len(evaluations) // 2], "every": every}
-
-
-def lines_of(run_dir: Path) -> list[dict[str, Any]]:
-    """Of metrics.jsonl."""
-    written = (run_dir / "metrics.jsonl").read_text()
-    whole = written[: written.rfind("\n") + 1]                  # a living run may be in the middle of a line
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def last_step(run_dir: Path) -> int:

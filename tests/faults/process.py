@@ -20,8 +20,8 @@ from typing import Any
 from nanopoe.checkpoint import list_steps
 from nanopoe.checkpoint.store import checkpoints_of, folder_of, opens
 from nanopoe.train.status import read_status
-from tests.faults.harness import Life, Report, Room, Torchrun, digest_of, fault, torn
-from tests.faults.moments import Spy, last_step, lasting, lines_of, strike_at
+from tests.faults.harness import Life, Report, Room, Torchrun, digest_of, fault, lines_of, torn
+from tests.faults.moments import Spy, last_step, lasting, strike_at
 from tests.faults.resume import CYCLE, alike, told
 
 EVERY, STEPS = 2, 40

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ from nanopoe.data.loader import train_loader
 from nanopoe.dist import World
 from nanopoe.optim import DistMuonAdamW, Group
 from nanopoe.tokenizer import Tokenizer
-from tests.faults.harness import Report, Room, digest_of, fault, losses
+from tests.faults.harness import Report, Room, digest_of, fault, lines_of, losses
 from tests.ranks import run_ranks
 
 # Twelve micro-batches on twelve lanes: 1, 2, 3, 4, 6 or 12 ranks can share them.
@@ -185,9 +184,9 @@ def each_step(room: Room, trials: int) -> Report:
 
 def told(run_dir: Path) -> list[dict[str, Any]]:
     """Metrics without timings."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timings = ("seconds", "tokens_per_s", "mfu", "memory_bytes")
-    return [{k: v for k, v in line.items() if k not in timings} for line in lines if line["kind"] != "event"]
+    timings = ("seconds", "wait_seconds", "tokens_per_s", "mfu", "memory_bytes")
+    lines = [line for line in lines_of(run_dir) if line["kind"] != "event"]
+    return [{k: v for k, v in line.items() if k not in timings} for line in lines]
 
 
 def alike(a: Any, b: Any) -> bool:
