@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -81,15 +80,17 @@ class Tokenizer:
             return self._encoding.encode_ordinary(text)
         return [i for piece in cut_long_runs(text) for i in self._encoding.encode_ordinary(piece)]
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """`encode` of every text, in order, on `threads` threads (tiktoken releases the interpreter lock)."""
-        if threads <= 1 or len(texts) < 2:
-            return [self.encode(text) for text in texts]
-        share = max(1, min(64, len(texts) // (4 * threads)))      # a few shares a thread: lengths are uneven
-        shares = [texts[i:i + share] for i in range(0, len(texts), share)]
-        with ThreadPoolExecutor(threads) as pool:
-            done = pool.map(lambda part: [self.encode(text) for text in part], shares)
-            return [ids for part in done for ids in part]
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as (n,) uint32, which skips a list of Python integers; other threads run meanwhile."""
+        if len(text) > _RUN_LIMIT:
+            return np.concatenate([self._array(piece) for piece in cut_long_runs(text)])
+        return self._array(text)
+
+    def _array(self, text: str) -> np.ndarray:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:                           # a lone surrogate: encode_ordinary replaces it
+            return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; specials by name, bytes that are no UTF-8 as U+FFFD. DataError on an unknown id."""

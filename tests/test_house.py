@@ -213,13 +213,14 @@ def test_the_text_check_flags_bad_text() -> None:
 
 # -- configs ----------------------------------------------------------------------------------------------------------
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.y*ml"))
+MIXTURES = sorted((ROOT / "configs" / "data").glob("*.y*ml"))
 NEEDED = {"quickstart", "bp_1p3b", "poe_1p3b", "poe_1p5b", "poe_3b", "poe_3b_cycle2", "small_bp", "small_poe"}
 
 
 def test_no_config_file_is_missed() -> None:
     here = {p for p in (ROOT / "configs").rglob("*") if p.is_file()}
-    assert here == set(CONFIGS), "only experiment files belong into configs/"
+    assert here == {*CONFIGS, *MIXTURES}, "experiments belong into configs/, mixtures into configs/data, nothing else"
     assert {p.stem for p in CONFIGS} >= NEEDED
 
 

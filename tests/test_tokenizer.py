@@ -166,13 +166,12 @@ def test_cutting_changes_only_long_runs():
     assert len(pieces) == 3
 
 
-def test_batches_keep_their_order(tokenizer):
-    texts = [f"{i} " * (i % 7) for i in range(500)]
-    one = tokenizer.encode_batch(texts)
-    assert one == [tokenizer.encode(text) for text in texts]
-    assert tokenizer.encode_batch(texts, threads=3) == one
-    assert tokenizer.encode_batch(texts[::-1], threads=3) != one              # control
-    assert tokenizer.encode_batch([], threads=2) == []
+@pytest.mark.parametrize("text", ["", "plain 123 text", "<|bos|> is text <|user_end|>", "\ud800 lone", "é中\U0001f600",
+                                  "a" + " " * 250_000 + "b" * 10])
+def test_arrays_are_the_lists(tokenizer, text):
+    ids = tokenizer.encode_array(text)
+    assert ids.dtype == np.uint32 and ids.tolist() == tokenizer.encode(text)
+    assert tokenizer.bos_id not in ids
 
 
 def test_unknown_id(tokenizer):

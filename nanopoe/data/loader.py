@@ -7,31 +7,65 @@ lane l = r (mod W), so a rank reads, tokenizes and stores only its own lanes (RE
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from nanopoe.config.schema import DataConfig, SourceConfig
-from nanopoe.data.lanes import EncodeBatch, Lane, Stream, Tokenize, check_lanes
-from nanopoe.data.order import ShuffledOrder
+from nanopoe.data.audit import AuditedRow, AuditWriter
+from nanopoe.data.lanes import (
+    JOB_DOCUMENTS,
+    Counts,
+    Lane,
+    MakeDocuments,
+    Strand,
+    Stream,
+    Tokenize,
+    check_lanes,
+    make_all,
+)
+from nanopoe.data.order import ALL_SOURCES, training_order
+from nanopoe.data.packing import PACKINGS, Document
+from nanopoe.data.position import (
+    LaneState,
+    Position,
+    check_position,
+    empty_state,
+    merge_positions,
+    rebase_position,
+    sources_of,
+    summary,
+)
 from nanopoe.data.prefetch import Prefetch
-from nanopoe.data.shards import Source, open_source
+from nanopoe.data.render import ChatTokenizer, Render
+from nanopoe.data.shards import (
+    CACHE_BYTES,
+    COLUMN,
+    CONVERSATION,
+    SHUFFLED_CACHE_BYTES,
+    Source,
+    open_source,
+)
 from nanopoe.errors import ConfigError, DataError
 
-PACKER_VERSION = 1              # raise it when the same inputs would give other rows
-PREFETCH_STEPS = 2
-Position = dict[str, Any]
+__all__ = ["Loader", "Sizes", "merge_positions", "open_sources", "summary", "train_loader"]
+
+PACKER_VERSION = 2              # raise it when the same inputs would give other rows
+PREFETCH_TOKENS = 1 << 19       # of a rank, ready in memory: decoding a row group stops nobody;
+PREFETCH_STEPS = 2, 256         # so many steps at least, and at most: each has a position
 
 
-class TokenizerLike(Protocol):
+class TokenizerLike(ChatTokenizer, Protocol):
     bos_id: int
 
     @property
     def digest(self) -> str: ...
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]: ...
+    def encode_array(self, text: str) -> np.ndarray: ...
 
 
 class PlanLike(Protocol):
@@ -47,55 +81,113 @@ class PlanLike(Protocol):
     def sequence_len(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of a run: V lanes, documents to choose from in each, T, and a step's rows in M micro-batches; rank r of W."""
+
+    lanes: int
+    buffer_documents: int
+    sequence_len: int
+    rows_per_step: int
+    micro_batches: int
+    device_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        """ConfigError unless rows = micro_batches * device_batch_size and the ranks share micro-batches and lanes."""
+        assert 0 <= self.rank < self.world_size, "a rank outside its world"
+        if self.rows_per_step != self.micro_batches * self.device_batch_size:
+            raise ConfigError(f"{self.rows_per_step} rows a step are not {self.micro_batches} micro-batches of "
+                              f"{self.device_batch_size}", "batch",
+                              "make tokens_per_step a multiple of device_batch_size * sequence_len")
+        if self.lanes % self.world_size or self.micro_batches % self.world_size:
+            valid = [w for w in range(1, min(self.lanes, self.micro_batches) + 1)
+                     if self.lanes % w == 0 and self.micro_batches % w == 0]
+            raise ConfigError(f"{self.world_size} ranks cannot share {self.lanes} lanes and {self.micro_batches} "
+                              "micro-batches", "data", f"use one of these world sizes: {', '.join(map(str, valid))}")
+
+    @property
+    def own_lanes(self) -> range:
+        return range(self.rank, self.lanes, self.world_size)
+
+
+class Step(NamedTuple):
+    """rows int32 (micro_steps, device_batch, T+1), the position after them, what they are made of (if audited)."""
+
+    rows: torch.Tensor
+    position: Position
+    pieces: list[AuditedRow] | None
+
+
 class Loader:
     """Endless iterator of `(rows, position)`, one optimizer step of one rank each.
 
-    rows: int32 (micro_batches / world_size, device_batch_size, T + 1). position: JSON types; the state of this rank's
-    lanes after that step, to be given back as `position` (the union of all ranks: `merge_positions`) with
-    `start_step` = the steps completed; any world size W that divides lanes and micro_batches then continues exactly.
+    rows: int32 (micro_batches / world_size, device_batch_size, T + 1), one block of memory; ~id where an entry is no
+    target. position: JSON types; the state of this rank's lanes after that step, to be given back as `position` (the
+    union of all ranks: `merge_positions`) with `start_step` = the steps completed; any world size W that divides lanes
+    and micro_batches then continues exactly.
 
-    encode_batch(texts, threads) returns ids without BOS; `tokenizer_digest` goes into the fingerprint of positions.
-    `may_change` and `recount`: see `rebase_position`.
-    Work is done in a background thread; its errors are raised by `next`. Close it, or use it in a `with`.
-    Raises ConfigError for sizes that do not divide, DataError for data or a position that does not fit.
+    `make` turns texts into documents (Tokenize or Render; called by `threads` threads). With `union`, as for
+    conversations, all documents of all sources are shuffled together, each as often as its source's `repeat`; else the
+    sources are mixed by weight. `tokenizer_digest` goes into the fingerprint of positions. `may_change` and `recount`:
+    see `rebase_position`. `audit`: a folder to write to what every row was made of. `pinned`: rows lie in memory that a
+    GPU copies from without waiting.
+
+    Work is done in background threads; their errors are raised by `next`. Close it, or use it in a `with`.
+    Raises DataError for data or a position that does not fit.
     """
 
-    def __init__(self, sources: Sequence[Source], encode_batch: EncodeBatch, bos_id: int, *, seed: int, lanes: int,
-                 buffer_documents: int, sequence_len: int, rows_per_step: int, micro_batches: int,
-                 device_batch_size: int, rank: int, world_size: int, case_aug_prob: float, start_step: int = 0,
-                 position: Position | None = None, threads: int = 1, tokenizer_digest: str | None = None,
-                 may_change: Collection[str] = (), recount: bool = False):
-        check_sizes(lanes, rows_per_step, micro_batches, device_batch_size, world_size)
-        assert 0 <= rank < world_size, "a rank outside its world"
-        check_lanes(sources, lanes)
-        self.fingerprint = {"packer": PACKER_VERSION, "seed": seed, "lanes": lanes, "sequence_len": sequence_len,
-                            "tokenizer": tokenizer_digest, "bos_id": bos_id,
-                            "sources": {source.name: source.digest for source in sources}}
-        tokenize = Tokenize(encode_batch, bos_id, sequence_len + 1, seed, case_aug_prob, threads)
-        own = range(rank, lanes, world_size)
+    def __init__(self, sources: Sequence[Source], make: MakeDocuments, bos_id: int, sizes: Sizes, *, packing: str,
+                 seed: int, union: bool = False, start_step: int = 0, position: Position | None = None,
+                 threads: int = 1, tokenizer_digest: str | None = None, may_change: Collection[str] = (),
+                 recount: bool = False, audit: Path | None = None, pinned: bool = False):
+        strands = ([Strand(ALL_SOURCES, 1.0, tuple(sources))] if union else
+                   [Strand(source.name, source.weight, (source,)) for source in sources])
+        check_lanes(strands, sizes.lanes)
+        self.fingerprint = {"packer": PACKER_VERSION, "seed": seed, "lanes": sizes.lanes,
+                            "sequence_len": sizes.sequence_len, "packing": packing, "tokenizer": tokenizer_digest,
+                            "bos_id": bos_id, "sources": {s.name: s.digest + f" x{s.repeat}" * union for s in sources}}
         if position is None:
             if start_step:
                 raise DataError(f"no data position for step {start_step}", "loader", "resume from a checkpoint")
-            states = {lane: _empty_state(sources) for lane in own}
+            states = {lane: empty_state(strands) for lane in sizes.own_lanes}
         else:
-            position = rebase_position(position, self.fingerprint, may_change, recount)
-            states = _check_position(position, self.fingerprint, start_step, own, sources)
-        self._lanes = _build_lanes(sources, states, tokenize, seed, lanes, buffer_documents, sequence_len + 1)
-        self._rank, self._world, self._n_lanes = rank, world_size, lanes
-        self._rows_per_step, self._micro_batches, self._device_batch = rows_per_step, micro_batches, device_batch_size
-        self._row_len = sequence_len + 1
-        self._steps = Prefetch(self._produce(start_step), PREFETCH_STEPS)
+            position = rebase_position(position, self.fingerprint, strands, may_change, recount)
+            states = check_position(position, self.fingerprint, start_step, sizes.own_lanes, strands)
+        packer = Packer(strands, states, make, bos_id, sizes, packing, seed, threads, self.fingerprint,
+                        audit is not None, pinned)
+        self._audit = None if audit is None else AuditWriter(audit, sizes.rank, sizes.world_size, packer.header(
+            start_step))
+        rank_rows = sizes.rows_per_step // sizes.world_size
+        fewest, most = PREFETCH_STEPS
+        self.ahead = max(fewest, min(most, PREFETCH_TOKENS // (rank_rows * sizes.sequence_len)))   # steps kept ready
+        self._steps = Prefetch(packer.steps(start_step), self.ahead)
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, Position]:
-        rows, position = next(self._steps)
-        return torch.from_numpy(rows), position
+        rows, position, pieces = next(self._steps)
+        if self._audit is not None and pieces is not None:
+            self._audit.write(position, pieces)
+        return rows, position
+
+    @property
+    def ready(self) -> int:
+        """Steps that `next` would give at once."""
+        return self._steps.ready
+
+    @property
+    def thread(self) -> int | None:
+        """Identity of the thread that packs."""
+        return self._steps.thread.ident
 
     def close(self) -> None:
-        """Stop the background thread; `next` raises StopIteration from then on."""
+        """Stop the background threads; `next` raises StopIteration from then on."""
         self._steps.close()
+        if self._audit is not None:
+            self._audit.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -103,150 +195,124 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _produce(self, step: int) -> Iterator[tuple[np.ndarray, Position]]:
-        while True:
-            rows = self._step_rows(step)
-            step += 1
-            lanes = {str(number): lane.position() for number, lane in self._lanes.items()}
-            yield rows, {"fingerprint": self.fingerprint, "step": step, "lanes": lanes}
 
-    def _step_rows(self, step: int) -> np.ndarray:
-        """(micro_steps, device_batch, T+1) int32; rows are taken in increasing global order."""
-        micro_steps = self._micro_batches // self._world
-        rows = np.empty((micro_steps, self._device_batch, self._row_len), dtype=np.int32)
-        for j in range(self._rank, self._rows_per_step, self._world):
-            g, slot = j % self._micro_batches, j // self._micro_batches
-            lane = self._lanes[(step * self._rows_per_step + j) % self._n_lanes]
-            pieces = lane.fill(rows[(g - self._rank) // self._world, slot])
+@dataclass
+class Packer:
+    """Makes the steps of one rank. It must not know its Loader, or an abandoned one would never be collected."""
+
+    strands: Sequence[Strand]
+    states: dict[int, LaneState]
+    make: MakeDocuments
+    bos_id: int
+    sizes: Sizes
+    packing: str
+    seed: int
+    threads: int
+    fingerprint: dict[str, Any]
+    audited: bool
+    pinned: bool
+
+    def steps(self, step: int) -> Generator[Step, None, None]:
+        """Steps `step`, `step` + 1, ... without end."""
+        pool = ThreadPoolExecutor(self.threads, "documents")
+        try:
+            lanes = self._lanes(pool)
+            sources = sources_of(self.strands)
+            positions = {str(number): lane.position() for number, lane in lanes.items()}
+            while True:
+                rows, pieces, used = self._step(step, lanes)
+                step += 1
+                positions = {**positions, **{str(number): lanes[number].position() for number in used}}
+                position = {"fingerprint": self.fingerprint, "step": step, "sources": sources, "lanes": positions}
+                block = torch.from_numpy(rows)
+                yield Step(block.pin_memory() if self.pinned else block, position, pieces)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _step(self, step: int, lanes: dict[int, Lane]) -> tuple[np.ndarray, list[AuditedRow] | None, set[int]]:
+        """Rows, their pieces, the lanes they come from; rows are taken in increasing global order."""
+        s = self.sizes
+        rows = np.empty((s.micro_batches // s.world_size, s.device_batch_size, s.sequence_len + 1), dtype=np.int32)
+        audited, used = [], set()
+        for j in range(s.rank, s.rows_per_step, s.world_size):
+            g, slot = j % s.micro_batches, j // s.micro_batches
+            number = (step * s.rows_per_step + j) % s.lanes
+            pieces = lanes[number].fill(rows[(g - s.rank) // s.world_size, slot])
             assert pieces is not None, "a training stream never ends"
-        return rows
+            used.add(number)
+            if self.audited:
+                audited.append((j, [(*d.ref, offset, taken, d.length) for d, offset, taken in pieces]))
+        return rows, audited if self.audited else None, used
+
+    def _lanes(self, pool: Executor) -> dict[int, Lane]:
+        """Lanes in their states; documents in their buffers are read and made again."""
+        documents = self._buffered(pool)
+        streams = {strand.name: Stream(strand, training_order(self.seed, strand.name, strand.parts), self.make, pool,
+                                       self.threads, self.sizes.lanes, {lane: tuple(state["cursors"][strand.name])
+                                                                        for lane, state in self.states.items()})
+                   for strand in self.strands}
+        stream_of = {source.name: strand.name for strand in self.strands for source in strand.sources}
+        lanes = {}
+        for number, state in self.states.items():
+            lane = Lane(number, streams, stream_of, PACKINGS[self.packing], self.sizes.buffer_documents, self.bos_id,
+                        dict(state["tokens"]), dict(state["placed"]), Counts(**state["counts"]))
+            for ref in state["buffer"]:                          # in order of arrival, which breaks ties
+                lane.buffer.add(documents[tuple(ref)])
+            if state["rest"] is not None:
+                *ref, placed = state["rest"]
+                lane.buffer.rest = documents[tuple(ref)], placed
+                if placed >= documents[tuple(ref)].length:
+                    raise DataError("has a rest that is longer than its document", "data position",
+                                    "the checkpoint is damaged")
+            lanes[number] = lane
+        return lanes
+
+    def _buffered(self, pool: Executor) -> dict[tuple[str, int, int], Document]:
+        """The documents in the buffers, by (source, epoch, ordinal)."""
+        refs = {tuple(ref) for state in self.states.values() for ref in state["buffer"]}
+        refs |= {tuple(state["rest"][:3]) for state in self.states.values() if state["rest"] is not None}
+        sources = {source.name: source for strand in self.strands for source in strand.sources}
+        wanted = [(sources[name], epoch, ordinal) for name, epoch, ordinal in sorted(refs, key=lambda r: (r[0], r[2]))]
+        jobs = [pool.submit(make_all, self.make, wanted[i:i + JOB_DOCUMENTS])
+                for i in range(0, len(wanted), JOB_DOCUMENTS)]
+        return {tuple(document.ref): document for job in jobs for document in job.result()}
+
+    def header(self, start_step: int) -> dict[str, Any]:
+        """What an audit must know beside the pieces."""
+        return {"begin": start_step, "rows_per_step": self.sizes.rows_per_step, "fingerprint": self.fingerprint,
+                "groups": {source.name: source.group_rows for strand in self.strands for source in strand.sources},
+                "sources": sources_of(self.strands), "lanes": {str(k): state for k, state in self.states.items()}}
 
 
 def train_loader(data: DataConfig, tokenizer: TokenizerLike, plan: PlanLike, *, seed: int, rank: int,
                  start_step: int = 0, position: Position | None = None, threads: int = 1,
-                 may_change: Collection[str] = (), recount: bool = False) -> Loader:
+                 may_change: Collection[str] = (), recount: bool = False, audit: Path | None = None,
+                 pinned: bool = False) -> Loader:
     """The Loader of an experiment: opens data.train and takes the sizes from the plan."""
-    return Loader(open_sources(data.train), tokenizer.encode_batch, tokenizer.bos_id, seed=seed, lanes=data.lanes,
-                  buffer_documents=data.buffer_documents, sequence_len=plan.sequence_len,
-                  rows_per_step=plan.rows_per_step, micro_batches=plan.micro_batches,
-                  device_batch_size=plan.device_batch_size, rank=rank, world_size=plan.world_size,
-                  case_aug_prob=data.case_aug_prob, start_step=start_step, position=position, threads=threads,
-                  tokenizer_digest=tokenizer.digest, may_change=may_change, recount=recount)
+    sizes = Sizes(data.lanes, data.buffer_documents, plan.sequence_len, plan.rows_per_step, plan.micro_batches,
+                  plan.device_batch_size, rank, plan.world_size)
+    return Loader(open_sources(data.train, data.kind),
+                  maker(data, tokenizer, plan.sequence_len, seed, data.case_aug_prob, data.json_layout_prob or 0.0),
+                  tokenizer.bos_id, sizes, packing=data.packing, seed=seed, union=data.kind == "conversations",
+                  start_step=start_step, position=position, threads=threads, tokenizer_digest=tokenizer.digest,
+                  may_change=may_change, recount=recount, audit=audit, pinned=pinned)
 
 
-def open_sources(configs: Sequence[SourceConfig]) -> list[Source]:
+def maker(data: DataConfig, tokenizer: TokenizerLike, sequence_len: int, seed: int = 0, case_aug_prob: float = 0.0,
+          json_layout_prob: float = 0.0) -> MakeDocuments:
+    """From a string of a source to a document; not augmented unless asked for."""
+    if data.kind == "conversations":
+        return Render(tokenizer, sequence_len + 1, seed, json_layout_prob)
+    most = None if PACKINGS[data.packing].keeps_rest else sequence_len + 1
+    return Tokenize(tokenizer.encode_array, tokenizer.bos_id, most, seed, case_aug_prob)
+
+
+def open_sources(configs: Sequence[SourceConfig], kind: str = "text") -> list[Source]:
     """Open every source of a split; DataError if two have one name (the name is the key of the data position)."""
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
         raise DataError(f"sources with the same name: {', '.join(names)}", "data", "give each source its own name")
-    return [open_source(config.name, Path(config.path), config.files, weight=config.weight, code=config.code)
-            for config in configs]
-
-
-def merge_positions(positions: Sequence[Position]) -> Position:
-    """The union over ranks of the positions of one step: free of the world size."""
-    first = positions[0]
-    lanes: dict[str, Any] = {}
-    for position in positions:
-        assert position["step"] == first["step"] and position["fingerprint"] == first["fingerprint"], "not one step"
-        assert not lanes.keys() & position["lanes"].keys(), "a lane on two ranks"
-        lanes.update(position["lanes"])
-    return {**first, "lanes": {key: lanes[key] for key in sorted(lanes, key=int)}}
-
-
-def rebase_position(position: Position, fingerprint: dict[str, Any], may_change: Collection[str],
-                    recount: bool) -> Position:
-    """The position for data that was changed on purpose; `may_change` of the fingerprint: "sources", "seed".
-
-    Sources that are as they were go on where they stopped, new ones begin at their start, documents of others leave
-    the buffers. Then, and with `recount` (other weights), the shares of the mixture are counted anew, else a source
-    that is now due more would be all that is read until it had caught up. Another seed permutes the documents anew,
-    so some of this epoch come again and some not at all.
-    """
-    try:
-        then = position["fingerprint"]
-        changed = {key for key in may_change if then.get(key) != fingerprint[key]}
-        if not changed and not recount:
-            return position
-        names, recount = fingerprint["sources"], recount or "sources" in changed
-        kept = {name for name in names if then["sources"].get(name) == names[name]}
-        lanes = {number: {"cursors": {name: lane["cursors"][name] if name in kept else [0, 0] for name in names},
-                          "tokens": dict.fromkeys(names, 0) if recount else lane["tokens"],
-                          "buffer": [ref for ref in lane["buffer"] if ref[0] in kept]}
-                 for number, lane in position["lanes"].items()}
-        return {**position, "fingerprint": {**then, **{key: fingerprint[key] for key in changed}}, "lanes": lanes}
-    except (KeyError, TypeError, AttributeError, IndexError):
-        return position                                          # malformed: refused by name with the others
-
-
-def check_sizes(lanes: int, rows_per_step: int, micro_batches: int, device_batch_size: int, world_size: int) -> None:
-    """ConfigError unless rows = micro_batches * device_batch_size and the ranks share micro-batches and lanes."""
-    if rows_per_step != micro_batches * device_batch_size:
-        raise ConfigError(f"{rows_per_step} rows a step are not {micro_batches} micro-batches of {device_batch_size}",
-                          "batch", "make tokens_per_step a multiple of device_batch_size * sequence_len")
-    if lanes % world_size or micro_batches % world_size:
-        valid = [w for w in range(1, min(lanes, micro_batches) + 1) if lanes % w == 0 and micro_batches % w == 0]
-        raise ConfigError(f"{world_size} ranks cannot share {lanes} lanes and {micro_batches} micro-batches", "data",
-                          f"use one of these world sizes: {', '.join(map(str, valid))}")
-
-
-def _empty_state(sources: Sequence[Source]) -> dict[str, Any]:
-    return {"cursors": {s.name: [0, 0] for s in sources}, "tokens": {s.name: 0 for s in sources}, "buffer": []}
-
-
-def _build_lanes(sources: Sequence[Source], states: dict[int, dict[str, Any]], tokenize: Tokenize, seed: int,
-                 n_lanes: int, buffer_documents: int, row_len: int) -> dict[int, Lane]:
-    """Lanes in the given states; documents in their buffers are read and tokenized again."""
-    streams = {source.name: Stream(source, ShuffledOrder(seed, source.name, source.group_rows), tokenize, n_lanes,
-                                   {lane: list(state["cursors"][source.name]) for lane, state in states.items()})
-               for source in sources}
-    lanes = {number: Lane(number, streams, buffer_documents, row_len, dict(state["tokens"]))
-             for number, state in states.items()}
-    buffered = {}
-    for source in sources:
-        wanted = sorted({(epoch, ordinal) for state in states.values()
-                         for name, epoch, ordinal in state["buffer"] if name == source.name})
-        for document in tokenize(source, wanted):
-            buffered[tuple(document.ref)] = document
-    for number, state in states.items():
-        for ref in state["buffer"]:                          # in order of arrival, which breaks ties
-            lanes[number].buffer.add(buffered[tuple(ref)])
-    return lanes
-
-
-def _check_position(position: Position, fingerprint: dict[str, Any], start_step: int, own: range,
-                    sources: Sequence[Source]) -> dict[int, dict[str, Any]]:
-    """The states of the lanes `own`; a DataError that names the field if the position is of other data."""
-    def refuse(what: str, do: str) -> NoReturn:
-        raise DataError(what, "data position", do)
-
-    try:
-        for key, now in fingerprint.items():
-            then = position["fingerprint"].get(key)
-            if then != now:
-                asked = {"sources": "data.train", "seed": "seed"}.get(key)
-                refuse(f"'{key}' was {_short(then)}, now it is {_short(now)}", "resume with the data it was saved with"
-                       + (f", or resume.allow=[{asked}] if it is meant" if asked else ""))
-        if position["step"] != start_step:
-            refuse(f"is of step {position['step']}, not {start_step}", "resume with the position of that step")
-        states = {lane: position["lanes"][str(lane)] for lane in own}
-        sizes = {source.name: source.n_documents for source in sources}
-        for state in states.values():
-            if set(state["cursors"]) != set(sizes) or set(state["tokens"]) != set(sizes):
-                refuse("is of other sources", "resume with the data it was saved with")
-            numbers = [n for pair in state["cursors"].values() for n in (*pair, len(pair) - 2)]
-            numbers += list(state["tokens"].values())
-            for name, epoch, ordinal in state["buffer"]:
-                numbers += [epoch, ordinal, sizes[name] - 1 - ordinal]
-            if not all(type(n) is int and n >= 0 for n in numbers):
-                refuse("has a number that is no count", "the checkpoint is damaged")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"not in the form a loader writes ({type(error).__name__}: {error})", "data position",
-                        "resume from a checkpoint of this program") from error
-    return states
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
+    chats = kind == "conversations"
+    return [open_source(config.name, Path(config.path), config.files, weight=config.weight, code=config.code,
+                        column=CONVERSATION if chats else COLUMN, repeat=config.repeat,
+                        cache_bytes=SHUFFLED_CACHE_BYTES if chats else CACHE_BYTES) for config in configs]

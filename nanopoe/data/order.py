@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+ALL_SOURCES = "all sources"     # the name of the one stream of conversations; no source can have it
 _MASK = (1 << 64) - 1
 
 
@@ -36,10 +39,15 @@ def unit(key: int, counter: int) -> float:
     return int(word >> np.uint64(11)) / (1 << 53)
 
 
-def permutation(key: int, n: int) -> list[int]:
-    """0..n-1 in the order of their hashes under `key`."""
+def hashed_order(key: int, n: int) -> np.ndarray:
+    """(n,) 0..n-1 in the order of their hashes under `key`."""
     hashes = splitmix64(np.arange(n, dtype=np.uint64) + np.uint64(key))
-    return np.argsort(hashes, kind="stable").tolist()
+    return np.argsort(hashes, kind="stable")
+
+
+def permutation(key: int, n: int) -> list[int]:
+    """`hashed_order` as a list."""
+    return hashed_order(key, n).tolist()
 
 
 class ShuffledOrder:
@@ -73,6 +81,23 @@ class ShuffledOrder:
         return permutation(key64(self._seed, "documents", self._source, epoch, group), self._rows[group])
 
 
+class FullOrder:
+    """Each epoch a permutation of all documents, whatever row group they are in."""
+
+    def __init__(self, seed: int, name: str, n_documents: int):
+        self._seed, self._name, self._n = seed, name, n_documents
+        self._epoch = lru_cache(maxsize=2)(self._epoch_of)
+
+    def __len__(self) -> int:
+        return self._n
+
+    def document(self, epoch: int, position: int) -> int:
+        return int(self._epoch(epoch)[position])
+
+    def _epoch_of(self, epoch: int) -> np.ndarray:
+        return hashed_order(key64(self._seed, "all documents", self._name, epoch), self._n)
+
+
 class FileOrder:
     """Documents as they stand in the files: the order of validation."""
 
@@ -84,3 +109,49 @@ class FileOrder:
 
     def document(self, epoch: int, position: int) -> int:
         return position
+
+
+class Order(Protocol):
+    def __len__(self) -> int: ...
+    def document(self, epoch: int, position: int) -> int: ...
+
+
+class Part(NamedTuple):
+    """A source in a stream: documents of its row groups, and how often each comes in an epoch of the stream."""
+
+    source: str
+    group_rows: list[int]
+    repeat: int = 1
+
+
+class StreamOrder:
+    """Which document of which source comes when in a stream: the documents of its parts, each as often as `repeat`
+    says, are numbered one after the other and put in an order.
+
+    The copies of one document in epoch e of the stream belong to epochs e * repeat, e * repeat + 1, ... of its source.
+    """
+
+    def __init__(self, parts: Sequence[Part], order: Order):
+        self._order = order
+        self._parts = [(part.source, sum(part.group_rows), part.repeat) for part in parts]
+        self._starts = [0, *accumulate(n * repeat for _, n, repeat in self._parts)]
+        assert self._starts[-1] == len(order), "an order of something else"
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def find(self, epoch: int, position: int) -> tuple[str, int, int]:
+        """(source, epoch of the source, ordinal) at `position` (0..n-1) of `epoch` of the stream."""
+        number = self._order.document(epoch, position)
+        at = bisect_right(self._starts, number) - 1
+        source, n, repeat = self._parts[at]
+        copy, ordinal = divmod(number - self._starts[at], n)
+        return source, epoch * repeat + copy, ordinal
+
+
+def training_order(seed: int, name: str, parts: Sequence[Part]) -> StreamOrder:
+    """The order of a training stream: of one source by row groups, of ALL_SOURCES over single documents."""
+    if name == ALL_SOURCES:
+        return StreamOrder(parts, FullOrder(seed, name, sum(sum(part.group_rows) * part.repeat for part in parts)))
+    (part,) = parts
+    return StreamOrder(parts, ShuffledOrder(seed, name, part.group_rows))

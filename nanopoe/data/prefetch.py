@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
-_POLL_S = 0.1                   # how often a full queue looks whether it is still wanted
 
 
 class Prefetch(Generic[Item]):
-    """Iterates `items` in a background thread, `depth` items ahead; what the thread raises, `next` raises."""
+    """Iterates `items` in a background thread, `depth` items ahead; what the thread raises, `next` raises.
 
-    def __init__(self, items: Iterator[Item], depth: int):
-        self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
+    Two queues without locks in Python, ready items one way and leave to make another the other way: `next` never waits
+    for the thread when an item is ready.
+    """
+
+    def __init__(self, items: Generator[Item, None, None], depth: int):
+        self._ready: SimpleQueue[tuple[Item | None, BaseException | None]] = SimpleQueue()
+        self._leave: SimpleQueue[None] = SimpleQueue()
         self._closed = threading.Event()
         self._error: BaseException | None = None
+        for _ in range(depth):
+            self._leave.put(None)
         # the thread must not hold `self`, or an abandoned object would never be collected
-        self._thread = threading.Thread(target=_produce, args=(items, self._queue, self._closed),
-                                        name="prefetch", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=_produce, name="prefetch", daemon=True,
+                                       args=(items, self._ready, self._leave, self._closed))
+        self.thread.start()
 
     def __iter__(self) -> Prefetch[Item]:
         return self
@@ -30,36 +36,37 @@ class Prefetch(Generic[Item]):
         if self._closed.is_set():
             raise StopIteration
         if self._error is None:
-            item, self._error = self._queue.get()
+            item, self._error = self._ready.get()
             if item is not None:
+                self._leave.put(None)
                 return item
         assert self._error is not None
         raise self._error
 
+    @property
+    def ready(self) -> int:
+        """Items that `next` would give at once."""
+        return self._ready.qsize()
+
     def close(self) -> None:
         """Stop the thread and wait for it; idempotent."""
-        self._closed.set()
-        self._thread.join()
+        self._end()
+        self.thread.join()
 
     def __del__(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._closed.set()
+        self._leave.put(None)
 
 
-def _produce(items: Iterator[Item], out: queue.Queue, closed: threading.Event) -> None:
-    def put(item: Item | None, error: BaseException | None) -> None:
-        waiting = True
-        while waiting and not closed.is_set():
-            try:
-                out.put((item, error), timeout=_POLL_S)
-                waiting = False
-            except queue.Full:
-                pass
-
+def _produce(items: Generator[Item, None, None], ready: SimpleQueue, leave: SimpleQueue,
+             closed: threading.Event) -> None:
     try:
-        for item in items:
-            put(item, None)
-            if closed.is_set():
-                return
-        put(None, StopIteration())
+        while leave.get() is None and not closed.is_set():
+            ready.put((next(items), None))
     except BaseException as error:                            # whatever it is belongs to the consumer
-        put(None, error)
+        ready.put((None, error))
+    finally:
+        items.close()                                         # here, so that what it holds is gone when the thread is

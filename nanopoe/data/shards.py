@@ -1,4 +1,4 @@
-"""A source: a folder of parquet shards with a string column `text`, read by document ordinal.
+"""A source: a folder of parquet shards with a string column, read by document ordinal from any thread.
 
 Nothing a file claims about itself is trusted with memory: a row group is decoded in batches so small that even a
 column of equal huge strings behind one dictionary entry stays within the budget. Every defect is a DataError that
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -21,24 +23,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nanopoe.data.manifest import check_manifest
 from nanopoe.errors import DataError
 
-COLUMN = "text"
+COLUMN, CONVERSATION = "text", "conversation"
 GROUP_BYTES = 256 << 20        # most decoded text of one row group
 CACHE_BYTES = 512 << 20        # decoded row groups a source keeps
+SHUFFLED_CACHE_BYTES = 2 << 30  # the same where documents come in any order: conversations, all of which should fit
 GROUP_ROWS = 1 << 22           # most documents of one row group
 BATCH_ROWS = 1024
+FOOTER_BYTES = 64 << 20        # most of a footer: what its sizes and statistics take is multiplied when it is parsed
 _REWRITE = "write the folder again with scripts.prepare_data"
 _BROKEN = (pa.ArrowException, OSError, ValueError, TypeError, MemoryError, OverflowError)    # of a damaged file
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file: bytes on disk and documents of each row group."""
+    """One parquet file: bytes on disk, documents of each row group, SHA-256 (hex) of the footer.
+
+    The footer holds offsets, sizes and statistics of everything, so another file hardly ever has the same.
+    """
 
     path: Path
     size: int
     group_rows: tuple[int, ...]
+    footer: str
 
     @property
     def rows(self) -> int:
@@ -46,16 +55,19 @@ class Shard:
 
 
 class Source:
-    """Documents 0..n-1: rows of the shards in name order. Not for use by two threads at once."""
+    """Documents 0..n-1: rows of the shards in name order. `repeat`, of conversations: how often each is in an epoch."""
 
     def __init__(self, name: str, shards: list[Shard], weight: float = 1.0, code: bool = False,
-                 column: str = COLUMN, group_bytes: int = GROUP_BYTES, cache_bytes: int = CACHE_BYTES):
+                 column: str = COLUMN, group_bytes: int = GROUP_BYTES, cache_bytes: int = CACHE_BYTES,
+                 repeat: int = 1):
         self.name, self.shards, self.weight, self.code, self.column = name, shards, weight, code, column
+        self.repeat = repeat
         self._group_bytes, self._cache_bytes = group_bytes, cache_bytes
         self._groups = [(shard, g) for shard in shards for g in range(len(shard.group_rows))]
         self.group_rows = [shard.group_rows[g] for shard, g in self._groups]
         self.group_starts = [0, *accumulate(self.group_rows)]
         self._cache: OrderedDict[int, pa.Array] = OrderedDict()
+        self._reading = threading.Lock()
 
     @property
     def n_documents(self) -> int:
@@ -63,8 +75,8 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of names, rows and sizes of the shards: quick, and changes when a file comes or goes."""
-        listing = [[shard.path.name, shard.group_rows, shard.size] for shard in self.shards]
+        """SHA-256 (hex) of names, rows, sizes and footers of the shards: quick, and changes when a file does."""
+        listing = [[shard.path.name, shard.group_rows, shard.size, shard.footer] for shard in self.shards]
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
     def text(self, document: int) -> str:
@@ -72,7 +84,9 @@ class Source:
         if not 0 <= document < self.n_documents:
             raise DataError(f"no document {document}, there are {self.n_documents}", self.name)
         group = bisect_right(self.group_starts, document) - 1
-        return self._decoded(group)[document - self.group_starts[group]].as_py()
+        with self._reading:
+            decoded = self._decoded(group)
+        return decoded[document - self.group_starts[group]].as_py()
 
     def texts(self) -> Iterator[str]:
         """All documents in file order, a bounded batch at a time."""
@@ -100,10 +114,11 @@ class Source:
 
 
 def open_source(name: str, folder: Path | str, files: str | None = None, *, weight: float = 1.0, code: bool = False,
-                column: str = COLUMN) -> Source:
-    """List and check the shards of `folder` (footers only, no text is read).
+                column: str = COLUMN, repeat: int = 1, cache_bytes: int = CACHE_BYTES) -> Source:
+    """List and check the shards of `folder` (footers only, no text is read), also against its manifest if it has one.
 
-    Raises DataError for a missing or empty folder, a damaged footer, a missing or non-string column, no rows.
+    Raises DataError for a missing or empty folder, a damaged footer, a missing or non-string column, no rows, shards
+    that are not those of the manifest.
     """
     folder, pattern = Path(folder), files or "*.parquet"
     if not folder.is_dir():
@@ -114,11 +129,15 @@ def open_source(name: str, folder: Path | str, files: str | None = None, *, weig
         raise DataError(f"{pattern!r} is no pattern of file names", folder, "use one like shard_*.parquet") from error
     if not paths:
         raise DataError(f"no file matches {pattern}", folder, "make shards with scripts.prepare_data")
-    return Source(name, [open_shard(path, column) for path in paths], weight, code, column)
+    check_manifest(folder)
+    return Source(name, [open_shard(path, column) for path in paths], weight, code, column,
+                  cache_bytes=cache_bytes, repeat=repeat)
 
 
 def open_shard(path: Path, column: str = COLUMN) -> Shard:
     """Read and check the footer of one file."""
+    with _naming(path):
+        size, footer = path.stat().st_size, _footer(path)
     with _naming(path), _parquet(path) as file:
         fields = {field.name: field.type for field in file.schema_arrow}
         if column not in fields:
@@ -131,24 +150,23 @@ def open_shard(path: Path, column: str = COLUMN) -> Shard:
         raise DataError("no documents: the file has no rows", path, "remove the file")
     if min(rows) < 0 or max(rows) > GROUP_ROWS:
         raise DataError(f"a row group with {max(rows):,} documents, at most {GROUP_ROWS:,}", path, _REWRITE)
-    return Shard(path, path.stat().st_size, rows)
+    return Shard(path, size, rows, footer)
 
 
 def read_group(shard: Shard, group: int, column: str = COLUMN, budget: int = GROUP_BYTES) -> Iterator[pa.Array]:
     """Checked string arrays of one row group, each at most about `budget` bytes.
 
-    A value cannot be longer than the uncompressed column chunk it comes from, so budget / chunk rows fit.
+    A value cannot be longer than the uncompressed row group it comes from, so budget / size rows fit.
     """
     where = f"{shard.path} row group {group}"
     with _naming(where), _parquet(shard.path) as file:
-        rows = file.metadata.row_group(group).num_rows
-        if shard.path.stat().st_size != shard.size or rows != shard.group_rows[group]:
+        if shard.path.stat().st_size != shard.size or _footer(shard.path) != shard.footer:
             raise DataError("changed since it was opened", where, "keep shards as they are while a run reads them")
-        index = file.schema_arrow.names.index(column)
-        chunk = file.metadata.row_group(group).column(index).total_uncompressed_size
-        if not 0 <= chunk <= budget:
-            raise DataError(f"{chunk:,} bytes of text, at most {budget:,} in a row group", where, _REWRITE)
-        batch_rows = max(1, min(BATCH_ROWS, budget // max(chunk, 1)))
+        # of all columns: asking for one of them ends the process where its statistics are damaged (arrow 26)
+        size = file.metadata.row_group(group).total_byte_size
+        if not 0 <= size <= budget:
+            raise DataError(f"{size:,} bytes uncompressed, at most {budget:,} in a row group", where, _REWRITE)
+        batch_rows = max(1, min(BATCH_ROWS, budget // max(size, 1)))
         done = 0
         for batch in file.iter_batches(batch_rows, row_groups=[group], columns=[column], use_threads=False):
             yield _checked(batch.column(0), where, done)
@@ -176,6 +194,19 @@ def _checked(texts: pa.Array, where: str, first: int) -> pa.Array:
         row = pc.index(pc.binary_length(texts), 0).as_py()
         raise DataError("empty document", f"{where} row {first + row}", _REWRITE)
     return texts
+
+
+def _footer(path: Path) -> str:
+    """SHA-256 (hex) of the footer. ValueError if it has none, or one larger than FOOTER_BYTES."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 8))
+        tail = file.read(8)
+        length = int.from_bytes(tail[:4], "little")
+        if tail[4:] != b"PAR1" or length > min(FOOTER_BYTES, end - 8):
+            raise ValueError("no footer, or too large a one")
+        file.seek(end - 8 - length)
+        return hashlib.sha256(file.read(length)).hexdigest()
 
 
 @contextmanager

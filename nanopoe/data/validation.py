@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nanopoe.data.lanes import EncodeBatch, Lane, Stream, Tokenize
-from nanopoe.data.order import FileOrder
+from nanopoe.data.lanes import Lane, MakeDocuments, Strand, Stream
+from nanopoe.data.order import FileOrder, StreamOrder
+from nanopoe.data.packing import PACKINGS
 from nanopoe.data.shards import Source
 from nanopoe.errors import DataError
 
@@ -33,22 +35,26 @@ class EvalBatches:
         return self.rows == self.rows_wanted
 
 
-def eval_batches(sources: Sequence[Source], encode_batch: EncodeBatch, bos_id: int, *, tokens: int,
+def eval_batches(sources: Sequence[Source], make: MakeDocuments, bos_id: int, *, packing: str, tokens: int,
                  sequence_len: int, device_batch_size: int, buffer_documents: int, rank: int = 0, world_size: int = 1,
                  threads: int = 1) -> EvalBatches:
-    """The first ceil(tokens / T) rows of the validation split; row i belongs to rank i mod W.
+    """The first ceil(tokens / T) rows of the validation split, packed as in training; row i belongs to rank i mod W.
 
     Neither the world size nor the device batch size changes which rows there are. Several sources are mixed by weight
     while all last. DataError if the split does not fill a single row.
     """
     rows_wanted = -(-tokens // sequence_len)
-    lane = _file_lane(sources, Tokenize(encode_batch, bos_id, sequence_len + 1, 0, 0.0, threads), buffer_documents)
     rows: list[np.ndarray] = []
-    while len(rows) < rows_wanted:
-        row = np.empty(sequence_len + 1, dtype=np.int32)
-        if lane.fill(row) is None:
-            break
-        rows.append(row)
+    pool = ThreadPoolExecutor(threads, "documents")
+    try:
+        lane = _file_lane(sources, make, bos_id, packing, buffer_documents, pool, threads)
+        while len(rows) < rows_wanted:
+            row = np.empty(sequence_len + 1, dtype=np.int32)
+            if lane.fill(row) is None:
+                break
+            rows.append(row)
+    finally:
+        pool.shutdown(cancel_futures=True)
     if not rows:
         raise DataError(f"the validation split does not fill one row of {sequence_len + 1} tokens",
                         ", ".join(source.name for source in sources), "add validation data")
@@ -56,7 +62,14 @@ def eval_batches(sources: Sequence[Source], encode_batch: EncodeBatch, bos_id: i
     return EvalBatches(list(own.split(device_batch_size)) if len(own) else [], len(rows), rows_wanted)
 
 
-def _file_lane(sources: Sequence[Source], tokenize: Tokenize, buffer_documents: int) -> Lane:
-    streams = {source.name: Stream(source, FileOrder(source.n_documents), tokenize, 1, {0: [0, 0]}, epochs=1)
-               for source in sources}
-    return Lane(0, streams, buffer_documents, tokenize.max_tokens, {source.name: 0 for source in sources})
+def _file_lane(sources: Sequence[Source], make: MakeDocuments, bos_id: int, packing: str, buffer_documents: int,
+               pool: Executor, threads: int) -> Lane:
+    """One lane that reads every source once, as it stands in the files."""
+    streams = {}
+    for source in sources:
+        strand = Strand(source.name, source.weight, (source,))
+        order = StreamOrder(strand.parts, FileOrder(source.n_documents))
+        streams[source.name] = Stream(strand, order, make, pool, threads, 1, {0: (0, 0)}, epochs=1)
+    zero = dict.fromkeys(streams, 0)
+    return Lane(0, streams, {name: name for name in streams}, PACKINGS[packing], buffer_documents, bos_id, zero.copy(),
+                zero.copy())

@@ -1,83 +1,91 @@
-"""Documents to a dataset folder: train/ and val/ of zstd parquet shards and a manifest, made beside it and renamed.
+"""An origin to a dataset folder: train/ and val/ of zstd parquet shards and a manifest.
 
-A document longer than `max_chars` is cut at a definition or paragraph, because packing drops what does not fit a row.
-The split of a document is decided by the hash of its group or its text: never by which files there are.
+Documents are read in a fixed order. `shard_bytes` of their text at a time are shuffled and become one shard of each
+split, which is committed together with the place where reading goes on: so an ingest that was killed continues, and
+its result is that of one which was not, byte for byte, with any number of workers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanopoe.data.ingest import Raw
+from nanopoe.data.filters import Document, Piece, WriteOptions
+from nanopoe.data.ingest import Origin, Unit
+from nanopoe.data.manifest import FORMAT_VERSION, MANIFEST, SPLITS, read_manifest
 from nanopoe.data.order import key64, permutation
-from nanopoe.data.shards import COLUMN
+from nanopoe.data.parallel import Cursor, chunks
+from nanopoe.data.partial import HEADER, Partial, Record, partial_of
 from nanopoe.errors import DataError, StorageError
 
-FORMAT_VERSION = 1
-MANIFEST, SPLITS = "manifest.json", ("train", "val")
-SCHEMA = pa.schema([pa.field(COLUMN, pa.string(), nullable=False)])
 GROUP_ROWS, GROUP_TEXT = 1024, 16 << 20        # a row group ends at whichever comes first
-POOL_TEXT = 64 << 20                           # bytes of text shuffled together
-# where a document may be cut, best first: before a top-level block, between blocks, between lines, between words
-_BREAKS = tuple(re.compile(p) for p in (r"\n[ \t]*\n+(?=\S)", r"\n[ \t]*\n", r"\n", r"\s"))
-Progress = Callable[[int, int], None]          # documents and bytes written so far
+EXAMPLES = 20                                  # rows that were left out and are named in the manifest
+Progress = Callable[[int, int, int], None]     # documents and bytes of text so far, bytes of input read
 
 
-@dataclass(frozen=True)
-class WriteOptions:
-    """`max_bytes` of text stops early; `val_share` of the documents go to val/; None of the rest changes the texts."""
+def write_dataset(origin: Origin, out: Path, options: WriteOptions, *, units: list[Unit] | None = None,
+                  workers: int = 1, progress: Progress = lambda documents, size, read: None) -> Record:
+    """Write `out`/train, `out`/val and the manifest, which is returned; go on where an ingest was stopped.
 
-    seed: int = 0
-    val_share: float = 0.02
-    max_chars: int = 8192
-    max_bytes: int | None = None
-    shard_bytes: int = 16 << 20
-    overwrite: bool = False
-
-
-def write_dataset(documents: Iterable[Raw], out: Path, source: dict[str, Any], options: WriteOptions,
-                  progress: Progress = lambda documents, size: None) -> dict[str, Any]:
-    """Write `out`/train, `out`/val and the manifest, which is returned. Nothing is left behind when it fails.
-
-    Raises DataError if `out` is not empty (unless overwrite, and it is a dataset) or a split would be empty,
-    StorageError if the disk refuses.
+    `units`: those of the origin, if they are listed already. If `out` is what this ingest has written before, nothing
+    is done. Raises DataError if `out` is anything else (unless overwrite, and it is a dataset), for a bad row (after
+    `skip_bad` of them) or an empty split; ConfigError if it was begun with other options; StorageError if the disk
+    refuses.
     """
+    units = origin.units() if units is None else units
+    header = header_of(origin, units, options)
+    if (ready := already_there(out, header, options.overwrite)) is not None:
+        return ready
     check_out(out, options.overwrite)
-    temporary: Path | None = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{out.name}-", dir=out.parent))
-        manifest = _write_splits(documents, temporary, options, progress)
-        manifest["source"] = source
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)                               # mkdtemp makes it private
-        _swap(temporary, out)
-        return manifest
+        with Partial(out, header) as partial:
+            if not partial.done:
+                _ingest(origin, units, options, workers, partial, progress)
+            manifest = read_manifest(partial.folder) if partial.done else _manifest(header, partial, options)
+            partial.finish(manifest)
+            return manifest
     except OSError as error:
-        raise StorageError(f"cannot be written ({error.strerror or error})", out,
-                           "free space or choose another --out") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(f"cannot be written ({error.strerror or error})", error.filename or out,
+                           "free space or choose another --out; start again to go on") from error
+
+
+def header_of(origin: Origin, units: list[Unit], options: WriteOptions) -> Record:
+    """What decides the result: the source, the options, and names and sizes of all inputs."""
+    listing = json.dumps([[unit.name, unit.size] for unit in units]).encode()
+    decides = {key: value for key, value in asdict(options).items() if key not in ("skip_bad", "overwrite")}
+    sizes = [unit.size for unit in units]
+    return {"format_version": FORMAT_VERSION, "source": origin.source, "options": decides,
+            "inputs": {"units": len(units), "bytes": None if None in sizes else sum(s or 0 for s in sizes),
+                       "digest": hashlib.sha256(listing).hexdigest()}}
+
+
+def already_there(out: Path, header: Record, overwrite: bool) -> Record | None:
+    """The manifest of `out` if it is what `header` describes and need not be written again."""
+    if overwrite or not (out / MANIFEST).is_file() or partial_of(out).exists():
+        return None
+    try:
+        manifest = read_manifest(out)
+    except DataError:
+        return None
+    return manifest if all(manifest.get(key) == header[key] for key in HEADER) else None
 
 
 def check_out(out: Path, overwrite: bool) -> None:
     """DataError unless `out` is missing, empty, or a dataset, with nothing beside it, that may be overwritten."""
     if out.exists() and not out.is_dir():
         raise DataError("is not a folder", out, "choose another --out")
-    if not out.exists() or not any(out.iterdir()):
-        return
+    try:
+        if not out.exists() or not any(out.iterdir()):
+            return
+    except OSError as error:
+        raise StorageError(f"cannot be read ({error.strerror})", out, "choose another --out") from error
     if not overwrite:
         raise DataError("is not empty", out, "choose another --out or pass --overwrite")
     if not (out / MANIFEST).is_file():
@@ -88,139 +96,158 @@ def check_out(out: Path, overwrite: bool) -> None:
                         "move that elsewhere, or choose another --out")
 
 
-def cut_document(text: str, limit: int) -> Iterator[str]:
-    """Pieces of at most `limit` characters that concatenate to `text`, cut at the best break of each second half."""
-    start = 0
-    while len(text) - start > limit:
-        end = _last_break(text, start + limit // 2, start + limit)
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def in_validation(document: Raw, text: str, share: float) -> bool:
-    """Whether this document belongs to val/: a function of its group or its text alone, not of the seed."""
-    key = document.group if document.group is not None else text
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
-
-
-def _last_break(text: str, low: int, high: int) -> int:
-    for pattern in _BREAKS:
-        ends = [match.end() for match in pattern.finditer(text, low, high)]
-        if ends:
-            return ends[-1]
-    return high
-
-
 @dataclass
-class ShardWriter:
-    """Appends texts to shard_00000.parquet, shard_00001.parquet, ... of a folder."""
+class _Tally:
+    """What has been counted since the ingest began; part of every journal record, so it survives a kill."""
 
-    folder: Path
-    shard_bytes: int
-    names: list[str] = field(default_factory=list)
+    rows: int = 0
     documents: int = 0
+    blank_pieces: int = 0
     text_bytes: int = 0
-    _group: list[str] = field(default_factory=list)
-    _group_text: int = 0
-    _shard_text: int = 0
-    _writer: pq.ParquetWriter | None = None
+    pieces: int = 0
+    input_bytes: int = 0
+    hashes: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)
+    left_out: list[dict[str, str]] = field(default_factory=list)
 
-    def add(self, text: str, size: int) -> None:
-        self._group.append(text)
-        self._group_text += size
-        self.documents += 1
-        self.text_bytes += size
-        if len(self._group) >= GROUP_ROWS or self._group_text >= min(GROUP_TEXT, self.shard_bytes):
-            self._flush()
-        if self._shard_text >= self.shard_bytes:
-            self._end_shard()
+    def leave_out(self, document: Document, reason: str, counts: dict[str, int]) -> None:
+        counts[reason] = counts.get(reason, 0) + 1
+        if len(self.left_out) < EXAMPLES:
+            self.left_out.append({"where": document.where, "reason": reason})
 
-    def close(self) -> list[dict[str, Any]]:
-        """Finish; for each shard its name, rows, bytes on disk and sha256."""
-        self._flush()
-        self._end_shard()
-        return [_describe(self.folder / name) for name in self.names]
 
-    def _flush(self) -> None:
-        if not self._group:
+def _ingest(origin: Origin, units: list[Unit], options: WriteOptions, workers: int, partial: Partial,
+            progress: Progress) -> None:
+    """Read to the end or the byte limit, a commit after each segment."""
+    last = partial.records[-1] if partial.records else None
+    tally, cursor = _Tally(), Cursor.start(len(units))
+    if last is not None:
+        if last["cursor"] is None:
             return
-        if self._writer is None:
-            self.folder.mkdir(exist_ok=True)
-            self.names.append(f"shard_{len(self.names):05d}.parquet")
-            self._writer = pq.ParquetWriter(self.folder / self.names[-1], SCHEMA, compression="zstd",
-                                            use_dictionary=False, write_page_checksum=True)
-        self._writer.write_table(pa.table([pa.array(self._group, pa.string())], SCHEMA))
-        self._shard_text += self._group_text
-        self._group, self._group_text = [], 0
-
-    def _end_shard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        self._writer, self._shard_text = None, 0
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "rows": pq.read_metadata(path).num_rows, "bytes": path.stat().st_size, "sha256": digest}
-
-
-def _write_splits(documents: Iterable[Raw], folder: Path, options: WriteOptions, progress: Progress) -> dict[str, Any]:
-    splits = {name: ShardWriter(folder / name, options.shard_bytes) for name in SPLITS}
-    for pool_number, pool in enumerate(_pools(_pieces(documents, options))):
-        for i in permutation(key64(options.seed, "pool", pool_number), len(pool)):
-            split, text, size = pool[i]
-            splits[split].add(text, size)
-        progress(sum(w.documents for w in splits.values()), sum(w.text_bytes for w in splits.values()))
-    empty = [name for name, writer in splits.items() if not writer.documents]
-    if empty:
-        raise DataError(f"no document for {' and '.join(empty)}", "the documents read",
-                        "give more documents, or cut them smaller with --max-chars, or change --val-percent")
-    return {"format_version": FORMAT_VERSION, "seed": options.seed, "val_share": options.val_share,
-            "max_chars": options.max_chars,
-            "splits": {name: {"documents": writer.documents, "text_bytes": writer.text_bytes, "shards": writer.close()}
-                       for name, writer in splits.items()}}
+        tally = _Tally(**last["tally"])
+        cursor = Cursor(last["cursor"][0], tuple(p and (p[0], p[1]) for p in last["cursor"][1]))
+    keep = _Keep(options, origin.label, tally, partial.hashes() if options.dedup else set())
+    segment: list[Piece] = []
+    size = 0
+    with closing(chunks(origin, units, options, cursor, workers)) as stream:
+        for chunk in stream:
+            cursor = cursor.after(chunk)
+            tally.input_bytes += chunk.consumed
+            for piece in keep.pieces(chunk.documents):
+                segment.append(piece)
+                size += piece.size
+            progress(tally.pieces, tally.text_bytes, tally.input_bytes)
+            if keep.full:
+                break
+            if size >= options.shard_bytes and cursor.alive:
+                _commit(segment, options, tally, keep, partial, cursor)
+                segment, size = [], 0
+    _commit(segment, options, tally, keep, partial, None)
 
 
-def _pieces(documents: Iterable[Raw], options: WriteOptions) -> Iterator[tuple[str, str, int]]:
-    """(split, text, bytes) of every piece with something in it, up to the byte limit."""
-    total = 0
-    for document in documents:
-        for piece in cut_document(document.text, options.max_chars):
-            text = piece.strip("\r\n")
-            if not text.strip():
+class _Keep:
+    """What only one who sees all documents in order can decide: duplicates, the byte limit, too many bad rows."""
+
+    def __init__(self, options: WriteOptions, label: str, tally: _Tally, hashes: set[bytes]):
+        self.options, self.label, self.tally, self.hashes = options, label, tally, hashes
+        self.new_hashes = bytearray()
+        self.full = False
+
+    def pieces(self, documents: list[Document]) -> Iterator[Piece]:
+        tally, limit = self.tally, self.options.max_bytes
+        for document in documents:
+            tally.rows += 1
+            if self._left_out(document):
                 continue
-            try:
-                size = len(text.encode())
-            except UnicodeEncodeError as error:
-                raise DataError("has a lone surrogate, which is no text", document.where, "remove it") from error
-            if options.max_bytes is not None and total + size > options.max_bytes:
-                return
-            total += size
-            yield "val" if in_validation(document, text, options.val_share) else "train", text, size
+            tally.documents += 1
+            tally.blank_pieces += document.blank
+            for piece in document.pieces:
+                if limit is not None and tally.text_bytes + piece.size > limit:
+                    self.full = True
+                    return
+                tally.text_bytes += piece.size
+                tally.pieces += 1
+                yield piece
+
+    def _left_out(self, document: Document) -> bool:
+        """Whether it is left out, and counted as such; DataError if it is bad and no more may be."""
+        tally = self.tally
+        if document.bad is not None:
+            allowed = self.options.skip_bad
+            if sum(tally.bad.values()) >= allowed:
+                raise document.bad.error(self.label, f"; --skip-bad {allowed} is used up" if allowed else
+                                         ", or leave out at most N such rows with --skip-bad N")
+            tally.leave_out(document, document.bad.reason, tally.bad)
+            return True
+        reason = document.skipped
+        if reason is None and self.options.dedup and document.digest in self.hashes:
+            reason = "duplicate"
+        if reason is not None:
+            tally.leave_out(document, reason, tally.skipped)
+            return True
+        if self.options.dedup:
+            self.hashes.add(document.digest)
+            self.new_hashes += document.digest
+            tally.hashes += 1
+        return False
 
 
-def _pools(pieces: Iterator[tuple[str, str, int]]) -> Iterator[list[tuple[str, str, int]]]:
-    pool: list[tuple[str, str, int]] = []
+def _commit(segment: list[Piece], options: WriteOptions, tally: _Tally, keep: _Keep, partial: Partial,
+            cursor: Cursor | None) -> None:
+    """Shuffle a segment and make it a shard of each split; `cursor` None: nothing more is read."""
+    number = len(partial.records)
+    order = permutation(key64(options.seed, "pool", number), len(segment))
+    shards = {}
+    for split in SPLITS:
+        pieces = [segment[i] for i in order if segment[i].split == split]
+        if pieces:
+            content = shard_bytes(pieces, options.column)
+            shards[split] = ({"name": f"shard_{number:05d}.parquet", "rows": len(pieces),
+                              "text_bytes": sum(piece.size for piece in pieces), "bytes": len(content),
+                              "sha256": hashlib.sha256(content).hexdigest()}, content)
+    record = {"cursor": None if cursor is None else [cursor.turn, cursor.places], "hashes": tally.hashes,
+              "tally": asdict(tally)}
+    partial.commit(shards, bytes(keep.new_hashes), record)
+    keep.new_hashes.clear()
+
+
+def shard_bytes(pieces: list[Piece], column: str) -> bytes:
+    """A parquet file of these texts: zstd, page checksums, row groups that a reader can hold."""
+    schema = pa.schema([pa.field(column, pa.string(), nullable=False)])
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False, write_page_checksum=True) as writer:
+        for group in _groups(pieces):
+            writer.write_table(pa.table([pa.array(group, pa.string())], schema))
+    return sink.getvalue().to_pybytes()
+
+
+def _groups(pieces: list[Piece]) -> Iterator[list[str]]:
+    group: list[str] = []
     size = 0
     for piece in pieces:
-        pool.append(piece)
-        size += piece[2]
-        if size >= POOL_TEXT:
-            yield pool
-            pool, size = [], 0
-    if pool:
-        yield pool
+        group.append(piece.text)
+        size += piece.size
+        if len(group) >= GROUP_ROWS or size >= GROUP_TEXT:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
-def _swap(new: Path, out: Path) -> None:
-    """Put `new` where `out` is; what was there is removed only after the rename."""
-    trash = None
-    if out.exists():
-        trash = Path(tempfile.mkdtemp(prefix=f".trash-{out.name}-", dir=out.parent))
-        out.rename(trash / out.name)
-    new.rename(out)
-    if trash is not None:
-        shutil.rmtree(trash, ignore_errors=True)
+def _manifest(header: Record, partial: Partial, options: WriteOptions) -> Record:
+    """Nothing in it depends on when, where, or in how many goes it was written."""
+    records, tally = partial.records, partial.records[-1]["tally"]
+    splits = {}
+    for split in SPLITS:
+        shards = [record["shards"][split] for record in records if split in record["shards"]]
+        splits[split] = {"documents": sum(shard["rows"] for shard in shards),
+                         **{key: sum(shard[key] for shard in shards) for key in ("text_bytes", "bytes")},
+                         "shards": shards}
+    empty = [name for name, split in splits.items() if not split["documents"]]
+    if empty:
+        partial.records.clear()                              # of no use with these options, so it is not kept
+        raise DataError(f"no document for {' and '.join(empty)}", "the documents read",
+                        "give more documents, or cut them smaller with --max-chars, or change --val-percent")
+    counts = {key: tally[key] for key in ("rows", "documents", "blank_pieces", "skipped", "bad", "left_out")}
+    return {**header, "column": options.column, "counts": counts, "splits": splits}

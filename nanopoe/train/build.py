@@ -15,7 +15,8 @@ from nanopoe.checkpoint import Checkpoint, Saver, Target, clean, set_aside_after
 from nanopoe.checkpoint.store import checkpoints_of
 from nanopoe.config import Experiment, Plan, config_hash, make_plan
 from nanopoe.config.counts import scaling_parameters
-from nanopoe.data.loader import Loader, open_sources, train_loader
+from nanopoe.data.audit import AUDIT
+from nanopoe.data.loader import Loader, maker, open_sources, train_loader
 from nanopoe.data.validation import EvalBatches, eval_batches
 from nanopoe.dist import World
 from nanopoe.errors import DataError
@@ -75,7 +76,7 @@ def build_run(experiment: Experiment, world: World) -> Run:
     with dist.agree(world.device):
         if checkpoint is not None:
             lineage = check_resume(experiment, checkpoint, tokenizer)
-        open_sources(experiment.data.val)                        # a wrong path must not wait for an evaluation
+        open_sources(experiment.data.val, experiment.data.kind)  # a wrong path must not wait for an evaluation
         compute = choose_compute(experiment.runtime, world, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
     with dist.agree(world.device), out_of_memory(experiment, world.device):
         model = build_model(experiment, world, compute, checkpoint)
@@ -141,7 +142,9 @@ def build_loader(experiment: Experiment, tokenizer: Tokenizer, plan: Plan, world
     mixed_anew = any(key.startswith("data.train") for entry in lineage if entry["step"] == step
                      for key in entry["changed"])
     loader = train_loader(experiment.data, tokenizer, plan, seed=experiment.seed, rank=world.rank, start_step=step,
-                          position=position, threads=torch.get_num_threads(), may_change=may_change, recount=mixed_anew)
+                          position=position, threads=torch.get_num_threads(), may_change=may_change, recount=mixed_anew,
+                          audit=Path(experiment.out) / AUDIT if experiment.logging.audit else None,
+                          pinned=world.device.type == "cuda")
     if position is None:
         return loader, lineage
     then, now = position["fingerprint"]["sources"], loader.fingerprint["sources"]
@@ -177,8 +180,9 @@ def keep_tokenizer(source: Path, run: Path) -> None:
 
 def validation(experiment: Experiment, tokenizer: Tokenizer, world: World, tokens: int | None = None) -> EvalBatches:
     """This rank's rows of the first `tokens` of the validation split (evaluation.tokens by default)."""
+    data, sequence_len = experiment.data, experiment.model.sequence_len
     return eval_batches(
-        open_sources(experiment.data.val), tokenizer.encode_batch, tokenizer.bos_id,
-        tokens=tokens or experiment.evaluation.tokens, sequence_len=experiment.model.sequence_len,
-        device_batch_size=experiment.batch.device_batch_size, buffer_documents=experiment.data.buffer_documents,
+        open_sources(data.val, data.kind), maker(data, tokenizer, sequence_len), tokenizer.bos_id,
+        packing=data.packing, tokens=tokens or experiment.evaluation.tokens, sequence_len=sequence_len,
+        device_batch_size=experiment.batch.device_batch_size, buffer_documents=data.buffer_documents,
         rank=world.rank, world_size=world.size, threads=torch.get_num_threads())

@@ -9,6 +9,7 @@ from nanopoe import dist
 from nanopoe.checkpoint import run_lock
 from nanopoe.config import Experiment, config_hash, dump_experiment
 from nanopoe.config.counts import count_parameters, flops_per_token
+from nanopoe.data.position import merge_positions, summary
 from nanopoe.dist import World
 from nanopoe.schedule import Schedule
 from nanopoe.train.build import Run, build_run, validation
@@ -56,6 +57,8 @@ def go_on(run: Run, watch: Watch, signals: Signals, status: Status) -> None:
             saves.save(position, wait=last)                      # before the evaluation, which could fail
         elif due(run.step, experiment.runtime.compare_every, total):
             compare_ranks(run.optimizer, run.world)
+        if due(run.step, experiment.evaluation.every, total):
+            tell_data(run, position, watch)
         stop = stop or not evaluate_if_due(run, watch, signals)
     saves.finish(position)
     leave(run, watch, signals, status, preempted=stop)
@@ -92,6 +95,17 @@ def advance(run: Run, watch: Watch, warm: bool) -> dict[str, Any]:
     watch.train(report(run, losses, time.perf_counter() - start, waited))
     run.step = step
     return position
+
+
+def tell_data(run: Run, position: dict[str, Any], watch: Watch) -> None:
+    """How the mixture came out and what packing cost, from the first step on (resumes included). Collective."""
+    lanes = {number: {key: value for key, value in lane.items() if key != "buffer"}           # large, and told nowhere
+             for number, lane in position["lanes"].items()}
+    told = summary(merge_positions(dist.gather_json({**position, "lanes": lanes}, run.world.device)))
+    sources = ", ".join(f"{name} {100 * s['share']:.2f} % (of {100 * s['weight']:.2f}) epoch {s['epochs']:.2f}"
+                        for name, s in told["sources"].items())
+    text = f"rows {100 * told['utilisation']:.1f} % full, {100 * told['cropped']:.1f} % of tokens cropped; {sources}"
+    watch.event("data", text, **told)
 
 
 def step_ends(run: Run, signals: Signals, saves: Saves) -> bool:

@@ -93,12 +93,15 @@ class Watch:
             self._display.eval(line)
         self._say(eval_line(line))
 
-    def event(self, name: str, **fields: Any) -> None:
-        """Anything else worth a line: resumed, checkpoint, warning, finished. On other ranks only in their log."""
+    def event(self, name: str, text: str | None = None, **fields: Any) -> None:
+        """Anything else worth a line: resumed, checkpoint, warning, finished. On other ranks only in their log.
+
+        `fields` are recorded; people read `text`, or the fields if there is none.
+        """
         line = clean({"kind": "event", "step": self.step, "event": name, "time": _now(), **fields})
         self._record(line)
         shown = " ".join(f"{k}={v}" for k, v in clean(fields).items() if v is not None)
-        self._say(f"{name} {shown}".rstrip())
+        self._say(f"{name} {text or shown}".rstrip())
 
     def close(self, failed: bool = False) -> None:
         """Leave the terminal as it was and close the files; may be called twice."""

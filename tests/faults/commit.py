@@ -58,7 +58,7 @@ def goes_on(room: Room, report: Report, experiment: dict[str, Any], end: str, wh
 TOTAL, MAX_FAILED = 4, 2
 
 
-@fault("F9", "the disk refuses the k-th change of a run: every k once, some for a save, some for ever", short=6,
+@fault("F9", "the disk refuses the k-th change of a run: every k once, some for a save, some for ever", short=3,
        full=10_000)
 def disk_full(room: Room, trials: int) -> Report:
     """`trials` of the positions times forms that there are, drawn; all, if there are fewer."""

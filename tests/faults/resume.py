@@ -28,7 +28,7 @@ CYCLE = {"steps": 20, "peak": 1.0, "warmup_steps": 1, "warmdown_ratio": 0.4, "fi
 WALK = (1, 2, 3, 4, 2, 1)
 
 
-@fault("F4", "walk over 1>2>3>4>2>1 ranks, 20 steps each, strict: bitwise where one rank ends", short=3, full=6)
+@fault("F4", "walk over 1>2>3>4>2>1 ranks, 20 steps each, strict: bitwise where one rank ends", short=0, full=6)
 def walk(room: Room, trials: int) -> Report:
     """One trial is one leg. Cycles are appended leg by leg, which is how a run is made longer."""
     report, legs = Report(trials), WALK[:trials]
@@ -157,7 +157,7 @@ def reshard(room: Room, trials: int) -> Report:
     return report
 
 
-@fault("F7", "resumed from each step of a run that crosses an epoch: bitwise the uninterrupted run", short=5, full=50)
+@fault("F7", "resumed from each step of a run that crosses an epoch: bitwise the uninterrupted run", short=2, full=50)
 def each_step(room: Room, trials: int) -> Report:
     """Odd trials on two ranks, even on one; strict numerics make these one run. Metrics are compared too."""
     report = Report(trials)

@@ -1,0 +1,425 @@
+"""From records as the sources have them to the one canonical form; what is wrong is named, and nothing is guessed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanopoe.data.adapters import ADAPTERS, CALCULATOR, adapter, conversations_of
+from nanopoe.data.adapters_calls import json_type
+from nanopoe.data.conversations import (
+    Conversation,
+    Prompt,
+    canonical,
+    conversation_of,
+    parse_conversation,
+    prompt_of,
+)
+from nanopoe.data.greetings import greeting_copies, with_other_greeting
+from nanopoe.data.ingest import Raw
+from nanopoe.errors import ConfigError, DataError
+
+Record = dict[str, Any]
+
+
+def user(content: str) -> Record:
+    return {"role": "user", "content": content}
+
+
+def says(content: str, *calls: Record) -> Record:
+    return {"role": "assistant", "content": content, **({"tool_calls": list(calls)} if calls else {})}
+
+
+def call(name: str, **arguments: Any) -> Record:
+    return {"name": name, "arguments": arguments}
+
+
+def result(content: str) -> Record:
+    return {"role": "tool", "content": content}
+
+
+def function(name: str, description: str | None = None, **properties: Any) -> Record:
+    about = {} if description is None else {"description": description}
+    return {"name": name, **about, "parameters": {"type": "object", "properties": properties}}
+
+
+F, G = function("f", "Does f.", x={"type": "integer"}), function("g")
+
+
+# -- the form ---------------------------------------------------------------------------------------------------------
+
+GOOD = [
+    [user("a"), says("b")],
+    [{"role": "system", "content": "s"}, user("a"), says("b"), user("c"), says("d")],
+    [user("a"), says("", call("f", x=1))],                                              # ends with a call
+    [user("a"), says("", call("f", x=1), call("g")), result("1"), result(""), says("b")],
+    [user("a"), says("t", call("f")), result("1"), says("", call("g")), result("2"), says("b"), user("c"), says("d")],
+]
+BAD = [
+    ([], "messages: List should have at least 1 item"),
+    ([user("a")], "messages.0: ends with a user message, not assistant"),
+    ([user("a"), says("b"), user("c")], "messages.2: ends with a user message, not assistant"),
+    ([user("a"), says("", call("f")), result("1")], "messages.2: ends with a tool message, not assistant"),
+    ([says("b"), user("a")], "messages.0: expected a user message, got assistant"),
+    ([user("a"), user("b"), says("c")], "messages.1: expected an assistant message, got user"),
+    ([user("a"), says("b"), says("c")], "messages.2: expected a user message, got assistant"),
+    ([user("a"), {"role": "system", "content": "s"}, says("b")], "messages.1: expected an assistant message, got sys"),
+    ([user("a"), says("b"), result("1"), says("c")], "messages.2: expected a user message, got tool"),
+    ([user("a"), says("", call("f")), says("b")], "messages.2: expected a tool message, got assistant"),
+    ([user("a"), says("", call("f"), call("g")), result("1"), says("b")], "messages.3: expected a tool message"),
+    ([user("a"), says("", call("f")), user("b"), says("c")], "messages.2: expected a tool message, got user"),
+    ([user("a"), says("", call("h"))], "messages.1: calls h, which is not among the tools"),
+    ([user("a"), {**says("b"), "tool_calls": []}], "messages.1.tool_calls: List should have at least 1 item"),
+    ([{**user("a"), "tool_calls": [call("f")]}, says("b")], "messages.0: tool calls of a user message"),
+    ([user(" \n"), says("b")], "messages.0: empty user message"),
+    ([user("a"), says("")], "messages.1: empty assistant message"),
+    ([{"role": "system", "content": ""}, user("a"), says("b")], "messages.0: empty system message"),
+    ([user("a"), {"role": "bot", "content": "b"}], "messages.1.role: Input should be 'system', 'user'"),
+    ([user("a"), {"role": "assistant", "content": None}], "messages.1.content: Input should be a valid string"),
+    ([user("a"), {"role": "assistant"}], "messages.1.content: Field required"),
+    ([user("a"), {**says("b"), "weight": 1}], "messages.1.weight: Extra inputs are not permitted"),
+    ([user("a"), says("", {"name": "f", "arguments": "{}"})], "messages.1.tool_calls.0.arguments: Input should be a"),
+]
+
+
+@pytest.mark.parametrize("messages", GOOD)
+def test_good_conversations_round_trip(messages: list[Record]) -> None:
+    value = {"messages": messages, "tools": [F, G]}
+    text = canonical(conversation_of(value, "x"), "x")
+    assert json.loads(text) == value
+    assert canonical(parse_conversation(text, "x"), "x") == text
+    assert ": " not in text
+    assert text.startswith('{"messages":[{"role":')
+    shuffled = {"tools": [dict(reversed(list(f.items()))) for f in (F, G)], "messages": messages}
+    assert canonical(conversation_of(shuffled, "x"), "x") == text            # our keys have one order
+    other = {"tools": [F, {**G, "description": "new"}], "messages": messages}
+    assert canonical(conversation_of(other, "x"), "x") != text               # control
+
+
+@pytest.mark.parametrize("messages, words", BAD)
+def test_bad_conversations_are_named(messages: list[Record], words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        conversation_of({"messages": messages, "tools": [F, G]}, "here")
+    assert caught.value.where == "here"
+    assert caught.value.what.startswith(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_tools_are_checked() -> None:
+    with pytest.raises(DataError, match="two have the same name"):
+        conversation_of({"messages": GOOD[0], "tools": [F, F]}, "x")
+    with pytest.raises(DataError, match=r"tools: List should have at least 1"):
+        conversation_of({"messages": GOOD[0], "tools": []}, "x")
+    with pytest.raises(DataError, match=r"calls f, which is not among the tools"):
+        conversation_of({"messages": GOOD[2]}, "x")
+    with pytest.raises(DataError, match=r"tools.0.parameters: Field required"):
+        conversation_of({"messages": GOOD[0], "tools": [{"name": "f"}]}, "x")
+
+
+def test_text_that_is_no_conversation() -> None:
+    for text, words in (("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[]", "valid dictionary"),
+                        ('{"messages":[],"x":1}', "messages"), ('{"messages": NaN}', "NaN is no JSON number")):
+        with pytest.raises(DataError, match=words) as caught:
+            parse_conversation(text, "shard row 3")
+        assert caught.value.where == "shard row 3"
+
+
+def test_what_no_json_can_hold_is_refused() -> None:
+    def with_argument(value: Any) -> Conversation:
+        return conversation_of({"messages": [user("a"), says("", call("f", x=value))], "tools": [F]}, "x")
+
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(DataError, match="cannot be written as JSON"):
+            canonical(with_argument(value), "x")
+    with pytest.raises(DataError, match="lone surrogate"):
+        canonical(with_argument("\ud800"), "x")
+    assert '"x":1.5' in canonical(with_argument(1.5), "x")                   # control
+
+
+def test_prompts_end_where_the_assistant_writes() -> None:
+    whole = conversation_of({"messages": GOOD[3], "tools": [F, G]}, "x")
+    assert isinstance(whole.prompt(), Prompt)
+    assert [m.role for m in whole.prompt().messages] == ["user", "assistant", "tool", "tool"]
+    prompt_of({"messages": GOOD[0][:1]}, "x")
+    for messages in (GOOD[0], GOOD[3][:3]):
+        with pytest.raises(DataError, match=r"ends with an assistant message|1 more calls have no result"):
+            prompt_of({"messages": messages, "tools": [F, G]}, "x")
+
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | FLOATS | st.text(),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+                    max_leaves=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.text(max_size=5), JSON, max_size=4))
+def test_any_arguments_round_trip(arguments: dict[str, Any]) -> None:
+    value = {"messages": [user("a"), says("", {"name": "f", "arguments": arguments})], "tools": [F]}
+    text = canonical(conversation_of(value, "x"), "x")
+    assert json.loads(text) == value
+    assert canonical(parse_conversation(text, "x"), "x") == text
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+GLAIVE_RATE = {"name": "get_exchange_rate", "description": "Rate between two currencies", "parameters": {
+    "type": "object", "properties": {"base": {"type": "string", "description": "From"}, "note": {"type": "string"}},
+    "required": ["base"]}}
+GLAIVE_NOW = {"name": "now", "description": "The time"}
+GLAIVE_SYSTEM = ("SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
+                 + json.dumps(GLAIVE_RATE, indent=4) + "\n\n" + json.dumps(GLAIVE_NOW, indent=4) + "\n")
+GLAIVE_CHAT = (
+    "USER: Hi! What's a dollar in euros?\n\n\n"
+    "ASSISTANT: Let me look. <functioncall> {\"name\": \"get_exchange_rate\", \"arguments\": '{\"base\": \"USD\", "
+    "\"note\": \"it\\'s\nurgent\"}'} <|endoftext|>\n\n\n"
+    "FUNCTION RESPONSE: {\"rate\": 0.82}\n\n\n"
+    "ASSISTANT: It is 0.82.\n\nAnything else? <|endoftext|>\n\n\n"
+    "USER: The time?\n\n\n"
+    "ASSISTANT: <functioncall> {\"name\": \"now\", \"arguments\": '{}'} <|endoftext|>\n\n\n"
+    "FUNCTION RESPONSE: {\"now\": \"12:00\"}\n\n\n"
+    "ASSISTANT: Noon. <|endoftext|>\n\n\n")
+NO_PARAMETERS = {"type": "object", "properties": {}}
+XLAM_TOOLS = [{"name": "f", "description": "Does f.", "parameters": {
+    "x": {"description": "An x", "type": "int"},
+    "names": {"description": "Names", "type": "List[str], optional", "default": ""}}},
+    {"name": "g", "description": "Does g.", "parameters": {}}]
+XLAM_SCHEMAS = [{"name": "f", "description": "Does f.", "parameters": {
+    "type": "object", "properties": {
+        "x": {"type": "integer", "description": "An x"},
+        "names": {"type": "array", "items": {"type": "string"}, "description": "Names", "default": ""}},
+    "required": ["x"]}}, {"name": "g", "description": "Does g.", "parameters": NO_PARAMETERS}]
+GSM8K = {"question": "Ana has 3 bags of 4 and eats 2.", "answer":
+         "She has 3*4 = <<3*4=12>>12.\nThen 12-2 = $<<12-2=10>>10.\n#### 10"}
+OPENAI_CALLS = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
+                {"id": "c2", "type": "function", "function": {"name": "g", "arguments": ""}}]
+SHARE_TOOLS = json.dumps([F, G])
+
+CASES: list[tuple[str, Record, list[Record], list[Record] | None]] = [
+    ("glaive-function-calling-v2", {"system": GLAIVE_SYSTEM, "chat": GLAIVE_CHAT}, [
+        user("Hi! What's a dollar in euros?"),
+        says("Let me look.", call("get_exchange_rate", base="USD", note="it's\nurgent")), result('{"rate": 0.82}'),
+        says("It is 0.82.\n\nAnything else?"), user("The time?"), says("", call("now")), result('{"now": "12:00"}'),
+        says("Noon.")], [GLAIVE_RATE, {**GLAIVE_NOW, "parameters": NO_PARAMETERS}]),
+    ("glaive-function-calling-v2",
+     {"system": "SYSTEM: You are a helpful assistant, with no access to external functions.",
+      "chat": "USER: Why?\n\n\nASSISTANT: Because. <|endoftext|>\n\n\nUSER: And?\n\n\nASSISTANT: So.\n\n\nASSISTANT: "},
+     [{"role": "system", "content": "You are a helpful assistant, with no access to external functions."},
+      user("Why?"), says("Because."), user("And?"), says("So.")], None),
+    ("glaive-function-calling-v2",           # a turn in two pieces, arguments that are an object, or missing
+     {"system": GLAIVE_SYSTEM, "chat": "USER: Now?\n\n\nASSISTANT: Sure.\n\n\nASSISTANT: <functioncall> "
+      "{\"name\": \"now\", \"arguments\": {\"zone\": \"UTC\"}} <functioncall> {\"name\": \"now\"} <|endoftext|>"},
+     [user("Now?"), says("Sure.", call("now", zone="UTC"), call("now"))],
+     [GLAIVE_RATE, {**GLAIVE_NOW, "parameters": NO_PARAMETERS}]),
+    ("xlam-function-calling-60k", {"id": 0, "query": "f of 1, and g?", "tools": json.dumps(XLAM_TOOLS),
+                                   "answers": json.dumps([call("f", x=1), call("g")])},
+     [user("f of 1, and g?"), says("", call("f", x=1), call("g"))], XLAM_SCHEMAS),
+    ("xlam-function-calling-60k", {"query": "g?", "tools": XLAM_SCHEMAS, "answers": [call("g")]},    # as lists
+     [user("g?"), says("", call("g"))], XLAM_SCHEMAS),
+    ("gsm8k", GSM8K, [user(GSM8K["question"]), says("She has 3*4 = 12.\nThen 12-2 = $10.\n#### 10")], None),
+    ("gsm8k-calculator", GSM8K, [
+        user(GSM8K["question"]), says("She has 3*4 = ", call("calculator", expression="3*4")), result("12"),
+        says("12.\nThen 12-2 = $", call("calculator", expression="12-2")), result("10"), says("10.\n#### 10")],
+     [CALCULATOR]),
+    ("math-instruct", {"source": "data/CoT/x.json", "instruction": "1+1?", "output": "2"},
+     [user("1+1?"), says("2")], None),
+    ("code-alpaca-20k", {"instruction": "Sort.", "input": "3, 1", "output": "1, 3"},
+     [user("Sort.\n\n3, 1"), says("1, 3")], None),
+    ("code-alpaca-20k", {"instruction": "Say hi.", "input": "", "output": "hi"}, [user("Say hi."), says("hi")], None),
+    ("magicoder-evol-instruct-110k", {"instruction": "A loop.", "response": "for _ in x: ..."},
+     [user("A loop."), says("for _ in x: ...")], None),
+    ("ultrachat-200k", {"prompt": "a", "prompt_id": "0", "messages": [
+        {"content": "a", "role": "user"}, {"content": "b", "role": "assistant"}]}, [user("a"), says("b")], None),
+    ("openhermes-2.5", {"source": "x", "title": None, "system_prompt": None, "conversations": [
+        {"from": "system", "value": "s", "weight": None}, {"from": "human", "value": "a", "weight": 0},
+        {"from": "gpt", "value": "b", "weight": 1}]}, [{"role": "system", "content": "s"}, user("a"), says("b")], None),
+    ("smoltalk", {"source": "x", "messages": [
+        {"content": "", "role": "system"}, {"content": "a", "role": "user"}, {"content": "b", "role": "assistant"},
+        {"content": "c", "role": "user"}, {"content": "d", "role": "assistant"}]},
+     [user("a"), says("b"), user("c"), says("d")], None),
+    ("smol-smoltalk", {"source": "x", "messages": [user("a"), says("b")]}, [user("a"), says("b")], None),
+    ("alpaca", {"instruction": "a", "output": "b", "system": "s"},
+     [{"role": "system", "content": "s"}, user("a"), says("b")], None),
+    ("sharegpt", {"id": "x", "tools": SHARE_TOOLS, "conversations": [
+        {"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(call("f", x=1))},
+        {"from": "observation", "value": "1"}, {"from": "gpt", "value": "b"}]},
+     [user("a"), says("", call("f", x=1)), result("1"), says("b")], [F, G]),
+    ("messages", {"tools": [{"type": "function", "function": {**F, "strict": True}}, G], "messages": [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [
+            OPENAI_CALLS[0], {**OPENAI_CALLS[1], "function": {"name": "g", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "c2", "content": "2"},                              # not as called
+        {"role": "tool", "tool_call_id": "c1", "name": "f", "content": "1"},
+        {"role": "assistant", "content": "b", "tool_calls": None}]},
+     [{"role": "system", "content": "s"}, user("ab"), says("", call("f", x=1), call("g")), result("1"), result("2"),
+      says("b")], [F, G]),
+    ("messages", {"messages": GOOD[4], "tools": [F, G]}, GOOD[4], [F, G]),                   # canonical already
+]
+
+
+@pytest.mark.parametrize("name, record, messages, tools", CASES, ids=[f"{i} {c[0]}" for i, c in enumerate(CASES)])
+def test_adapters(name: str, record: Record, messages: list[Record], tools: list[Record] | None) -> None:
+    before = json.dumps(record)
+    [raw] = conversations_of(name, [record])
+    assert json.loads(raw.text) == {"messages": messages, **({"tools": tools} if tools else {})}
+    assert raw.where == f"{name} row 0"
+    assert raw.group is None
+    assert json.dumps(record) == before                                      # the record is left as it is
+
+
+def test_every_adapter_has_a_fixture() -> None:
+    assert set(ADAPTERS) == {case[0] for case in CASES}
+    for name, known in ADAPTERS.items():
+        assert (known.hub_id is None) == (name in ("alpaca", "sharegpt", "messages"))
+    assert adapter("ultrachat-200k").split == "train_sft"
+    assert adapter("xlam-function-calling-60k").gated
+    with pytest.raises(ConfigError, match=r"no adapter 'gsm'.*gsm8k"):
+        adapter("gsm")
+
+
+def glaive_chat(chat: str) -> Record:
+    return {"system": GLAIVE_SYSTEM, "chat": chat}
+
+
+def openai(*messages: Record, **more: Any) -> Record:
+    return {"messages": list(messages), **more}
+
+
+BAD_ROWS: list[tuple[str, Any, str]] = [
+    ("math-instruct", "text", "is str, not an object"),
+    ("math-instruct", {"instruction": "a"}, "field 'output': is missing, there are: instruction"),
+    ("math-instruct", {"instruction": "a", "output": None}, "field 'output': is NoneType, not a string"),
+    ("math-instruct", {"instruction": " ", "output": "b"}, "field 'instruction': is empty"),
+    ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, "field 'input': is int, not a string"),
+    ("magicoder-evol-instruct-110k", {"instruction": "a", "response": "\udc00"}, "lone surrogate"),
+    ("gsm8k", {"question": "a", "answer": "no number"}, "field 'answer': has no line '#### number'"),
+    ("gsm8k", {"question": "a", "answer": "<<1+1>>\n#### 2"}, "field 'answer': has a calculator mark that is none"),
+    ("glaive-function-calling-v2", {"system": "You", "chat": "x"}, "field 'system': does not begin with SYSTEM:"),
+    ("glaive-function-calling-v2", {"system": GLAIVE_SYSTEM[:-20], "chat": GLAIVE_CHAT},
+     "field 'system': function 2 is not JSON"),
+    ("glaive-function-calling-v2", glaive_chat("ASSISTED: x"), "field 'chat': does not begin with USER:"),
+    ("glaive-function-calling-v2", glaive_chat("USER: a\n\n\nASSISTANT: b <|endoftext|>\n\n\nUSER: thanks"),
+     "field 'chat': messages.2: ends with a user message"),
+    ("glaive-function-calling-v2", glaive_chat("USER: a\nASSISTANT: b <|endoftext|>"),
+     "field 'chat': turn 1, of USER, has a line with ASSISTANT: in it"),
+    ("glaive-function-calling-v2", glaive_chat("USER: a\n\n\nASSISTANT: b <|endoftext|> c <|endoftext|>"),
+     "field 'chat': turn 2, of ASSISTANT, has <|endoftext|> in it"),
+    ("glaive-function-calling-v2", glaive_chat("USER: a\n\n\nASSISTANT: b <|endoftext|>\n\n\nASSISTANT: c"),
+     "field 'chat': messages.2: expected a user message"),
+    ("glaive-function-calling-v2", glaive_chat("USER: a\n\n\nASSISTANT: <functioncall> {\"name\": \"now\", "
+                                               "\"arguments\": '{\"x\": }'} <|endoftext|>"),
+     "field 'chat': arguments of now are not JSON"),
+    ("glaive-function-calling-v2", glaive_chat("USER: a\n\n\nASSISTANT: <functioncall> now() <|endoftext|>"),
+     "field 'chat': not JSON"),
+    ("glaive-function-calling-v2", glaive_chat("USER: a\n\n\nASSISTANT: <functioncall> {\"name\": \"later\"}"),
+     "field 'chat': messages.1: calls later, which is not among the tools"),
+    ("xlam-function-calling-60k", {"query": "a", "tools": "[", "answers": "[]"}, "field 'tools': not JSON"),
+    ("xlam-function-calling-60k", {"query": "a", "tools": "[1]", "answers": "[]"}, "field 'tools.0': is int, not an"),
+    ("xlam-function-calling-60k", {"query": "a", "tools": json.dumps(XLAM_TOOLS), "answers": "[]"},
+     "field 'answers': is empty"),
+    ("xlam-function-calling-60k", {"query": "a", "tools": json.dumps(XLAM_TOOLS)}, "field 'answers': is missing"),
+    ("xlam-function-calling-60k", {"query": "a", "answers": json.dumps([call("f")]), "tools": json.dumps(
+        [{"name": "f", "description": "", "parameters": {"x": {"type": "Foo[int]"}}}])},
+     "field 'tools.0.parameters.x': type 'Foo[int]' is not known"),
+    ("sharegpt", {"conversations": [{"from": "bing", "value": "a"}]}, "field 'conversations.0': from 'bing' is not"),
+    ("sharegpt", {"conversations": [{"from": "human"}]}, "field 'conversations.0.value': is NoneType"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f(1)"}]},
+     "field 'conversations.1': not JSON"),
+    ("messages", openai(user("a"), {**says("b"), "function_call": {}}), "field 'messages.1': a message with function_"),
+    ("messages", openai(user("a"), {"role": "developer", "content": "b"}), "field 'messages': messages.1.role: Input"),
+    ("messages", openai({"role": "user", "content": [{"type": "image_url"}]}),
+     "field 'messages.0.content': has a part that is no text"),
+    ("messages", openai(user("a"), {"role": "assistant", "content": None, "tool_calls": OPENAI_CALLS},
+                        tools=[F, G]), "field 'messages.1.arguments': not JSON"),
+    ("messages", openai(user("a"), {"role": "assistant", "content": "", "tool_calls": OPENAI_CALLS[:1]},
+                        {"role": "tool", "tool_call_id": "c9", "content": "1"}, says("b"), tools=[F]),
+     "field 'messages.1': the calls c1 have the results c9"),
+    ("messages", openai(user("a"), says("b"), tools=[{**F, "returns": "x"}]),
+     "field 'tools.0': a function with returns"),
+    ("messages", {"messages": "no"}, "field 'messages': not JSON"),
+    ("messages", {}, "field 'messages': is missing"),
+]
+
+
+@pytest.mark.parametrize("name, record, words", BAD_ROWS, ids=[f"{i} {b[0]}" for i, b in enumerate(BAD_ROWS)])
+def test_bad_rows_are_named(name: str, record: Any, words: str) -> None:
+    good = next(case[1] for case in CASES if case[0] == name)
+    made = conversations_of(name, [good, record, good])
+    next(made)                                                               # control
+    with pytest.raises(DataError) as caught:
+        next(made)
+    assert caught.value.where == f"{name} row 1"
+    assert words in caught.value.what
+    assert caught.value.do
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind, schema", [
+    ("str", {"type": "string"}), ("float", {"type": "number"}), ("List[int]", {"type": "array", "items": {
+        "type": "integer"}}), ("list", {"type": "array"}), ("Dict[str, List[int]]", {"type": "object"}), ("Any", {}),
+    ("Union[int, List[str]]", {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}}]}),
+    ("Tuple[int, int]", {"type": "array"}), ("Callable[[float], float]", {"type": "string"}), ("List[Any]", {
+        "type": "array"}), ("List[Optional[bool]]", {"type": "array", "items": {"anyOf": [{"type": "boolean"}, {
+            "type": "null"}]}}),
+])
+def test_types_of_xlam(kind: str, schema: Record) -> None:
+    assert json_type(kind, "x") == schema
+
+
+def test_optional_types_of_xlam() -> None:
+    kinds = {"a": "str", "b": "str, optional", "c": "Optional[int]", "d": "int, default 3", "e": "Dict[str, int]"}
+    tool = {"name": "f", "description": "", "parameters": {k: {"type": t} for k, t in kinds.items()}}
+    [raw] = conversations_of("xlam-function-calling-60k", [{"query": "q", "tools": [tool], "answers": [call("f")]}])
+    schema = json.loads(raw.text)["tools"][0]["parameters"]
+    assert schema["required"] == ["a", "e"]
+    assert [p.get("type") for p in schema["properties"].values()] == ["string", "string", "integer", "integer",
+                                                                      "object"]
+
+
+# -- greetings --------------------------------------------------------------------------------------------------------
+
+def chat(first: str, *more: Record) -> str:
+    return canonical(conversation_of({"messages": [*more, user(first), says("Hello.")]}, "x"), "x")
+
+
+@pytest.mark.parametrize("first, forms", [
+    ("hi, can you help?", {"HI", "Hi"}), ("Hello", {"hello", "HELLO"}), ("  yo what now", {"YO", "Yo"}),
+    ("Good Morning to you", {"good morning", "GOOD MORNING", "Good morning"}), ("hI there!", {"hi there", "HI THERE",
+                                                                               "Hi There", "Hi there"}),
+    ("what's up?", {"WHAT'S UP", "What's Up", "What's up"}), ("HEY\nyou", {"hey", "Hey"}),
+])
+def test_greetings_are_copied_in_another_case(first: str, forms: set[str]) -> None:
+    seen = set()
+    for seed in range(60):
+        text = with_other_greeting(chat(first), "x", seed)
+        assert text is not None
+        copied = json.loads(text)["messages"][0]["content"]
+        assert copied.lower() == first.lower()
+        assert copied != first
+        seen.add(copied.strip()[:len(max(forms, key=len))])
+    assert seen == forms
+
+
+@pytest.mark.parametrize("first", ["You are a poet", "yo-yo tricks", "Hi-fi systems", "His name", "Heyday of x",
+                                   "sup's", "Say hello", "Supper", "Yosemite", "hello_world", "Good mornings"])
+def test_what_only_begins_like_a_greeting_is_not_copied(first: str) -> None:
+    assert with_other_greeting(chat(first), "x") is None
+
+
+def test_greeting_copies_follow_their_originals() -> None:
+    system = {"role": "system", "content": "hi"}
+    raws = [Raw(chat("hi, a"), "r0", "g0"), Raw(chat("What?"), "r1"), Raw(chat("Hello b", system), "r2")]
+    copies = list(greeting_copies(iter(raws)))
+    assert [raw.where for raw in copies] == ["r0", "r0, greeting copy", "r1", "r2", "r2, greeting copy"]
+    assert [copies[0], copies[2], copies[3]] == raws
+    assert copies[1].group == "g0"                                           # stays in the split of its original
+    first, copied = json.loads(raws[2].text)["messages"], json.loads(copies[4].text)["messages"]
+    assert (copied[0], copied[2]) == (first[0], first[2])                    # the greeting of the system is none
+    assert copied[1]["content"].endswith(" b")
+    assert copies == list(greeting_copies(iter(raws)))
+    assert {c.text for s in range(20) for c in greeting_copies(iter(raws), s)} > {c.text for c in copies}

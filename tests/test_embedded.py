@@ -1,0 +1,239 @@
+"""The embedded conversations: many, distinct, the same every time, and right in what they say."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from nanopoe.data.conversations import Conversation, canonical, parse_conversation
+from nanopoe.data.embedded import FAMILY, embedded_conversations
+from nanopoe.data.embedded_functions import PURE, standard_tools
+from nanopoe.data.embedded_tasks import TASKS, WORDS, Draws
+from nanopoe.data.greetings import greeting_copies
+from nanopoe.data.ingest import Raw
+
+ROOT = Path(__file__).parents[1]
+Pair = tuple[Raw, Conversation]
+
+
+@pytest.fixture(scope="module")
+def raws() -> list[Raw]:
+    return list(embedded_conversations())
+
+
+@pytest.fixture(scope="module")
+def pairs(raws: list[Raw]) -> list[Pair]:
+    return [(raw, parse_conversation(raw.text, raw.where)) for raw in raws]
+
+
+def digest(raws: list[Raw]) -> str:
+    return hashlib.sha256("\n".join(f"{raw.text}\0{raw.group}" for raw in raws).encode()).hexdigest()
+
+
+def test_thousands_of_distinct_canonical_conversations(raws: list[Raw], pairs: list[Pair]) -> None:
+    assert len(raws) >= 5000
+    assert len({raw.text for raw in raws}) == len(raws)
+    assert all(canonical(conversation, "x") == raw.text for raw, conversation in pairs)
+    what = Counter(raw.where.split()[1] for raw in raws)
+    assert min(what[kind] for kind in ("answered", "called", "at", "again", "unfit")) >= 100
+    assert min(what[kind.split()[0]] for kind in TASKS) >= 100
+    assert sum(len(list(greeting_copies(iter([raw])))) == 2 for raw in raws[:500]) > 50
+
+
+def test_they_are_the_same_every_time(raws: list[Raw]) -> None:
+    code = ("from tests.test_embedded import digest; from nanopoe.data.embedded import embedded_conversations as e; "
+            "print(digest(list(e())), digest(list(e(1))))")
+    environment = {**os.environ, "PYTHONHASHSEED": "77"}
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
+                             check=True)
+    first, second = process.stdout.split()
+    assert first == digest(raws)
+    assert second != first                                                   # control
+
+
+# -- calls ------------------------------------------------------------------------------------------------------------
+
+JSON_TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
+
+
+def test_calls_fit_their_schemas_and_their_questions(pairs: list[Pair]) -> None:
+    checked = 0
+    for raw, conversation in pairs:
+        schemas = {tool.name: tool.parameters for tool in conversation.tools or ()}
+        asked = " ".join(m.content for m in conversation.messages if m.role == "user")
+        for call in (c for m in conversation.messages for c in m.tool_calls or ()):
+            schema: dict = schemas[call.name]
+            assert set(schema["required"]) <= set(call.arguments) <= set(schema["properties"]), raw.where
+            for name, value in call.arguments.items():
+                assert isinstance(value, JSON_TYPES[schema["properties"][name]["type"]]), raw.where
+                assert json.dumps(value, ensure_ascii=False) in asked, raw.where     # nothing is made up
+                checked += 1
+    assert checked > 3000
+
+
+def test_results_are_what_the_functions_return(pairs: list[Pair]) -> None:
+    tools = {tool.name: tool for tool in standard_tools()}
+    checked = 0
+    for raw, conversation in pairs:
+        messages = conversation.messages
+        for i, message in enumerate(messages):
+            calls = message.tool_calls or []
+            if not calls or i == len(messages) - 1:
+                assert not calls or raw.where.split()[1] in ("called", "at"), raw.where
+                continue
+            for j, call in enumerate(calls):
+                returned = messages[i + 1 + j].content
+                assert json.loads(returned) == tools[call.name].call(call.arguments), raw.where
+                assert returned in messages[i + 1 + len(calls)].content, raw.where   # and the answer tells it
+                checked += 1
+    assert checked > 2000
+
+
+def test_only_listed_functions_are_called() -> None:
+    tools = {tool.path: tool for tool in standard_tools()}
+    assert set(PURE) <= set(tools), "a function that this Python does not have, or has without a signature"
+    assert len(tools) - len(PURE) > 100
+    with pytest.raises(ValueError, match=r"shutil.rmtree is not among"):
+        tools["shutil.rmtree"].call({"path": "/nothing"})
+    draws = Draws(0, "test")
+    for path in PURE:                                                        # the same value twice: nothing else counts
+        arguments = tools[path].arguments(draws)
+        assert json.dumps(tools[path].call(arguments)) == json.dumps(tools[path].call(arguments))
+    assert tools["math.gcd"].call({"integers": [12, 18]}) == 6
+    assert tools["posixpath.join"].call({"a": "/a", "p": ["b", "c"]}) == "/a/b/c"
+    assert tools["calendar.monthrange"].call({"year": 2024, "month": 2}) == [3, 29]
+
+
+def test_tools_say_what_the_functions_say() -> None:
+    tools = {tool.path: tool.schema for tool in standard_tools()}
+    assert tools["textwrap.shorten"] == {
+        "name": "textwrap_shorten", "description": "Collapse and truncate the given text to fit in the given width.",
+        "parameters": {"type": "object", "properties": {"text": {"type": "string"}, "width": {"type": "integer"},
+                                                        "kwargs": {}}, "required": ["text", "width"]}}
+    assert tools["shutil.rmtree"]["parameters"]["properties"]["ignore_errors"] == {"type": "boolean", "default": False}
+    assert tools["str.upper"]["parameters"]["required"] == ["str"]
+
+
+def test_where_no_tool_fits_none_is_called(pairs: list[Pair]) -> None:
+    unfit = [conversation for raw, conversation in pairs if raw.where.split()[1] == "unfit"]
+    assert len(unfit) > 400
+    for conversation in unfit:
+        answer = conversation.messages[-1]
+        assert answer.tool_calls is None
+        assert all(tool.name in answer.content for tool in conversation.tools or ())
+
+
+def test_a_function_belongs_to_one_group(pairs: list[Pair]) -> None:
+    groups: dict[str, set[str | None]] = {}
+    for raw, conversation in pairs:
+        assert raw.group is not None
+        for tool in conversation.tools or ():
+            groups.setdefault(tool.name, set()).add(raw.group)
+    assert {len(found) for found in groups.values()} == {1}
+    assert len({group for found in groups.values() for group in found}) >= len(groups) / FAMILY
+    assert len({raw.group for raw, _ in pairs}) > 1500
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+def value_of(expression: str) -> Fraction:
+    """Exact value of + - * / on numbers, by a parser of its own."""
+    def walk(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(str(node.value))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -walk(node.operand)
+        assert isinstance(node, ast.BinOp), ast.dump(node)
+        a, b = walk(node.left), walk(node.right)
+        return {ast.Add: a + b, ast.Sub: a - b, ast.Mult: a * b, ast.Div: a / b if b else a}[type(node.op)]
+
+    return walk(ast.parse(expression.strip(), mode="eval").body)
+
+
+EQUATION = re.compile(r"(-?\d[\d.+*/ -]*?) = (-?\d+(?:\.\d+)?)")
+
+
+def of_kind(pairs: list[Pair], kind: str) -> list[tuple[str, str]]:
+    """(question, answer) of the tasks of this kind."""
+    return [(c.messages[0].content, c.messages[-1].content) for raw, c in pairs
+            if re.fullmatch(rf"embedded {kind} \d+", raw.where)]
+
+
+# what the question asks for, from its numbers in order
+ARITHMETIC: dict[str, Callable[[list[int]], Fraction | int]] = {
+    "remainder": lambda n: n[0] % n[1], "sum": sum, "average": lambda n: Fraction(sum(n), len(n)),
+    "percent": lambda n: Fraction(n[0] * n[1], 100), "bags": lambda n: n[0] + n[1] * n[2],
+    "change": lambda n: n[2] - n[0] * n[1], "minutes": lambda n: n[0] * 60 + n[1]}
+WORDED = {"plus": "+", "minus": "-", "times": "*"}
+
+
+@pytest.mark.parametrize("kind", ["two numbers", *ARITHMETIC])
+def test_arithmetic_is_right(pairs: list[Pair], kind: str) -> None:
+    found = of_kind(pairs, kind)
+    assert len(found) >= 100
+    for question, answer in found:
+        equations = [(left, Fraction(right)) for left, right in EQUATION.findall(answer)]
+        assert equations
+        assert all(value_of(left) == right for left, right in equations), answer
+        if kind == "two numbers":
+            a, sign, b = re.search(r"(\d+) (\S+) (\d+)", question).groups()              # type: ignore[union-attr]
+            expected = value_of(f"{a} {WORDED.get(sign, sign)} {b}")
+        else:
+            numbers = [int(n) for n in re.findall(r"\d+", question)]
+            if kind == "remainder" and question.endswith("fit?"):
+                numbers = numbers[:2]
+            expected = Fraction(ARITHMETIC[kind](numbers))
+        assert equations[-1][1] == expected, (question, answer)
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r'"([^"]*)"', text)
+
+
+def listed(question: str) -> list[str]:
+    return re.findall(r"[a-z]+", question.rpartition(":")[2])
+
+
+TEXT: dict[str, Callable[[str], str]] = {
+    "reverse": lambda q: "".join(reversed(quoted(q)[0])),
+    "count letter": lambda q: str(sum(letter == quoted(q)[0] for letter in quoted(q)[1])),
+    "sort words": lambda q: ", ".join(sorted(listed(q))),
+    "initials": lambda q: "".join(word[0] for word in listed(q)),
+    "longest": lambda q: sorted(listed(q), key=len)[-1],
+    "case": lambda q: quoted(q)[0].swapcase(),
+    "replace": lambda q: re.sub(rf"\b{quoted(q)[0]}\b", quoted(q)[1], quoted(q)[2])}
+
+
+@pytest.mark.parametrize("kind", list(TEXT))
+def test_text_tasks_are_right(pairs: list[Pair], kind: str) -> None:
+    found = of_kind(pairs, kind)
+    assert len(found) >= 100
+    for question, answer in found:
+        assert answer == TEXT[kind](question), question
+
+
+def test_every_task_is_checked() -> None:
+    assert {"two numbers", *ARITHMETIC, *TEXT} == set(TASKS)
+    assert len(set(WORDS)) == len(WORDS)
+
+
+def test_one_problem_is_in_one_group(raws: list[Raw]) -> None:
+    groups: dict[str, set[str | None]] = {}
+    for i in range(3000):
+        task = TASKS["two numbers"](Draws(0, "worded", i))
+        a, sign, b = re.search(r"(\d+) (\S+) (\d+)", task.question).groups()           # type: ignore[union-attr]
+        groups.setdefault(f"{a} {WORDED.get(sign, sign)} {b}", set()).add(task.problem)
+    assert {len(found) for found in groups.values()} == {1}
+    tasks = [raw for raw in raws if raw.group is not None and raw.group.startswith("task ")]
+    assert len({raw.group for raw in tasks}) > 0.9 * len(tasks)              # control: not all in one
