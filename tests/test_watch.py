@@ -16,7 +16,7 @@ from rich.console import Console
 
 from nanopoe.dist import World
 from nanopoe.errors import ConfigError, StorageError
-from nanopoe.train.console import time_left
+from nanopoe.train.console import rates, time_left
 from nanopoe.train.watch import Header, Smooth, Watch, clean, truncate_metrics
 from tests.ranks import run_ranks
 
@@ -56,6 +56,11 @@ def run(folder: Path, first: int, last: int, **options: Any) -> str:
             if step % 2 == 0:
                 told.eval(EVAL)
     return out.getvalue()
+
+
+def test_waiting_for_rows_is_told_when_it_is_worth_a_word() -> None:
+    assert "waits for rows 25 %" in rates({"seconds": 2.0, "wait_seconds": 0.5})
+    assert "waits" not in rates({"seconds": 2.0, "wait_seconds": 0.001}) and "waits" not in rates({"seconds": 2.0})
 
 
 def test_lines_hold_the_report(tmp_path: Path) -> None:

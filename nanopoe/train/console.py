@@ -37,6 +37,9 @@ class Header:
                 f"{self.device}, {ranks}, {self.dtype} ({self.dtype_reason})"]
 
 
+NOTABLE_WAIT = 0.01          # of a step's time
+
+
 class Display:
     """The live display. `train` and `eval` update it; what is printed meanwhile scrolls above it."""
 
@@ -120,7 +123,8 @@ def eval_line(line: dict[str, Any]) -> str:
 
 
 def rates(line: dict[str, Any]) -> str:
-    """Learning-rate multiplier, momentum, gradient norm, tokens/s, MFU and memory, as far as they are known."""
+    """Learning-rate multiplier, momentum, gradient norm, tokens/s, MFU, memory, as far as they are known; and the
+    share of the time that went by waiting for rows, if it is worth a word."""
     formats = (("lr_scale", "lr x{:.3f}"), ("momentum", "momentum {:.3f}"), ("grad_norm", "grad {:.3g}"))
     parts = [form.format(line[key]) for key, form in formats if line.get(key) is not None]
     if line.get("tokens_per_s") is not None:
@@ -129,6 +133,8 @@ def rates(line: dict[str, Any]) -> str:
         parts.append(f"MFU {100 * line['mfu']:.1f} %")
     if line.get("memory_bytes") is not None:
         parts.append(f"{line['memory_bytes'] / 2**30:.2f} GiB")
+    if line.get("wait_seconds") and line["wait_seconds"] > NOTABLE_WAIT * line["seconds"]:
+        parts.append(f"waits for rows {100 * line['wait_seconds'] / line['seconds']:.0f} %")
     return "  ".join(parts)
 
 
