@@ -14,6 +14,9 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from nanopoe.model import GPT  # noqa: E402
+from nanopoe.tokenizer import Tokenizer  # noqa: E402
+from tests.models import trained_model  # noqa: E402
 from tests.ranks import SHARED, tiny_data  # noqa: E402
 
 torch.set_num_threads(1)
@@ -41,3 +44,9 @@ def corpus() -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards and tokenizer of a few hundred made-up documents."""
     return tiny_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def trained(corpus: Path) -> tuple[GPT, Tokenizer]:
+    """A PoE of 3 stages that has seen some seconds of real text, and its tokenizer."""
+    return trained_model(corpus)

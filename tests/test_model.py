@@ -1,4 +1,4 @@
-"""The trunk and its stages: locality, stage-local backward against the joint graph, prefixes, caches, init."""
+"""The trunk and its stages: locality, stage-local backward against the joint graph, prefixes, init."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from nanopoe.config.layout import layout_of
 from nanopoe.config.schema import ObjectiveConfig
-from nanopoe.model import GPT, KVCache
+from nanopoe.model import GPT
 from nanopoe.model.attention import attend
 from nanopoe.model.stages import backward_stages, stage_weight, truncate
 from tests.ranks import model_config
@@ -182,19 +182,6 @@ def test_windows_of_attention() -> None:
         torch.testing.assert_close(attend(q[:, :, -1:], k, v, window), naive[:, :, -1:], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(attend(q[:, :, -7:], k, v, window), naive[:, :, -7:], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(attend(q, k, v, 5), attend(q, k, v, 6))
-
-
-@pytest.mark.parametrize("pieces", [[32], [1] * 32, [5, 1, 20, 6]])
-def test_cache_equals_no_cache(pieces: list[int]) -> None:
-    model = lively(n_kv_head=1)
-    ids, _ = batch(2)
-    with torch.no_grad():
-        whole = model.boundary_states(ids)
-        cache, start, parts = KVCache(model, 2, 32), 0, []
-        for n in pieces:
-            parts.append(model.boundary_states(ids[:, start:start + n], cache)[-1])
-            start += n
-    torch.testing.assert_close(torch.cat(parts, 1), whole[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_smear_uses_the_embedding_before_smearing() -> None:

@@ -34,19 +34,20 @@ def window_mask(queries: int, keys: int, window: int, device: torch.device) -> T
     return (s <= t) & (s >= t - window)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None) -> Tensor:
     """Causal attention in which position t sees t-window..t.
 
     q (B, H, Tq, D), k and v (B, Hkv, Tk, D) with Tk >= Tq: the queries are the last Tq of the Tk positions.
-    Returns (B, H, Tq, D). Scale 1/sqrt(D); grouped queries share key/value heads.
+    Returns (B, H, Tq, D). `scale` is 1/sqrt(D) by default; grouped queries share key/value heads.
     """
     queries, keys = q.size(2), k.size(2)
     gqa = q.size(1) != k.size(1)
     if queries == 1:                                                 # decoding: cut the keys, no mask needed
-        k, v = k[:, :, -window - 1:], v[:, :, -window - 1:]
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+        if keys > window + 1:
+            k, v = k[:, :, -window - 1:], v[:, :, -window - 1:]
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa)
     if queries == keys and window >= keys - 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     if gqa:          # with a mask CUDA's fused kernels take no grouped queries, and the plain one holds (B, H, T, T)
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(queries, keys, window, q.device))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(queries, keys, window, q.device), scale=scale)

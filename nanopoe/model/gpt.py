@@ -45,33 +45,10 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class KVCache:
-    """Keys and values of every layer, and the pre-smear embedding of the last position.
-
-    `pos` counts the positions held and advances once per forward, after the last layer that ran, so that
-    every layer of a forward writes at the same place.
-    """
-
-    def __init__(self, model: GPT, batch: int, capacity: int):
-        m = model.config
-        shape = (m.n_layer, batch, m.n_kv_head, capacity, model.layout.head_dim)
-        self.k = torch.zeros(shape, dtype=model.compute_dtype, device=model.lm_head.weight.device)
-        self.v = torch.zeros_like(self.k)
-        self.previous: Tensor | None = None              # (B, 1, D)
-        self.pos = 0
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, Hkv, T, D) of `layer` at pos and return all keys and values up to there."""
-        end = self.pos + k.size(2)
-        self.k[layer, :, :, self.pos:end] = k
-        self.v[layer, :, :, self.pos:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-
 class Attention(nn.Module):
     def __init__(self, m: ModelConfig, layout: Layout, layer: int):
         super().__init__()
-        self.layer, self.window, self.head_dim = layer, layout.window_sizes[layer], layout.head_dim
+        self.window, self.head_dim = layout.window_sizes[layer], layout.head_dim
         self.n_head, self.n_kv_head = m.n_head, m.n_kv_head
         self.c_q = Linear(m.n_embd, m.n_head * self.head_dim)
         self.c_k = Linear(m.n_embd, m.n_kv_head * self.head_dim)
@@ -79,7 +56,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(m.n_embd, m.n_embd)
         self.ve_gate = Linear(VE_GATE_CHANNELS, m.n_kv_head) if layer in layout.ve_layers else None
 
-    def forward(self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
@@ -91,8 +68,6 @@ class Attention(nn.Module):
         q = norm(rotate(q, *rope)) * QK_SCALE                                     # rotate first, then QK norm
         k = norm(rotate(k, *rope)) * QK_SCALE
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)         # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
         y = attend(q, k, v, self.window)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -115,8 +90,8 @@ class Block(nn.Module):
         self.attn = Attention(m, layout, layer)
         self.mlp = MLP(m, layout)
 
-    def forward(self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        x = x + self.attn(norm(x), ve, rope, cache)
+    def forward(self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn(norm(x), ve, rope)
         return x + self.mlp(norm(x))
 
 
@@ -182,32 +157,25 @@ class GPT(nn.Module):
 
     # -- the pieces -------------------------------------------------------------------------------------------
 
-    def embed(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> x0 (B, T, D): embedding, norm, smear (each position adds a gated copy of the one before)."""
         x = norm(self.transformer["wte"](ids).to(self.compute_dtype))
-        previous = cache.previous if cache is not None else None
-        if cache is not None:
-            cache.previous = x[:, -1:]
         # lambda * gate(x_t) * x_{t-1}, with the *pre-smear* x_{t-1}; nothing comes before the first position
-        now, before = (x[:, 1:], x[:, :-1]) if previous is None else (x, torch.cat([previous, x[:, :-1]], dim=1))
+        now, before = x[:, 1:], x[:, :-1]
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(now[..., :SMEAR_CHANNELS]))
-        smeared = now + gate * before
-        return smeared if previous is not None else torch.cat([x[:, :1], smeared], dim=1)
+        return torch.cat([x[:, :1], now + gate * before], dim=1)
 
-    def rope(self, ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """Rotary tables for the positions of `ids`, which begin where the cache ends."""
-        start = cache.pos if cache is not None else 0
-        positions = torch.arange(start, start + ids.size(1), device=ids.device)
-        return rotary_tables(positions, self.layout.head_dim, self.compute_dtype)
+    def rope(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables for the positions of `ids` (B, T)."""
+        return rotary_tables(torch.arange(ids.size(1), device=ids.device), self.layout.head_dim, self.compute_dtype)
 
-    def run_stage(self, k: int, x: Tensor, x0: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor],
-                  cache: KVCache | None = None) -> Tensor:
+    def run_stage(self, k: int, x: Tensor, x0: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The blocks of stage k: residual stream x (B, T, D) at its entry -> at its boundary."""
         middle, blocks = None, cast(nn.ModuleList, self.transformer["h"])
         for i in self.layout.stage_layers(k):
             x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
             ve = self.value_embeds[str(i)](ids).to(x.dtype) if i in self.layout.ve_layers else None
-            x = blocks[i](x, ve, rope, cache)
+            x = blocks[i](x, ve, rope)
             if i == self.config.n_layer // 2:
                 middle = x
         if self.config.poe_mode == "none":                           # backout: BP's only stage holds layer L//2
@@ -228,18 +196,16 @@ class GPT(nn.Module):
 
     # -- the whole ---------------------------------------------------------------------------------------------
 
-    def boundary_states(self, ids: Tensor, cache: KVCache | None = None, stages: int | None = None) -> list[Tensor]:
-        """ids (B, T) -> the un-normed residual stream (B, T, D) at the boundaries of the first `stages` stages.
+    def boundary_states(self, ids: Tensor) -> list[Tensor]:
+        """ids (B, T) -> the un-normed residual stream (B, T, D) at every boundary.
 
-        Without gradients cut: training does that in stages.py. With a cache, ids continue what it holds.
+        Without gradients cut: training does that in stages.py.
         """
-        x0, rope = self.embed(ids, cache), self.rope(ids, cache)
+        x0, rope = self.embed(ids), self.rope(ids)
         x, states = x0, []
-        for k in range(stages or self.layout.n_stages):
-            x = self.run_stage(k, x, x0, ids, rope, cache)
+        for k in range(self.layout.n_stages):
+            x = self.run_stage(k, x, x0, ids, rope)
             states.append(x)
-        if cache is not None:
-            cache.pos += ids.size(1)
         return states
 
     def forward(self, ids: Tensor) -> Tensor:

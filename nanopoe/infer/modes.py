@@ -1,0 +1,104 @@
+"""Modes by name, as commands take them, with the calibrated figures of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nanopoe.errors import ConfigError
+from nanopoe.infer.calibrate import MAX, P99
+from nanopoe.infer.depth import Routed, Wand
+from nanopoe.infer.engine import Engine, Mode
+from nanopoe.infer.sampling import Sampling
+from nanopoe.infer.speculative import Speculative
+from nanopoe.infer.views import Composition
+from nanopoe.infer.weights import Weights
+from nanopoe.model.pool import View
+
+MODES = """modes:
+  full                 the pool of all stages
+  stage:K prefix:N     one stage alone (from 0), or the first N pooled
+  compose:0=1,3=2      chosen stages, stage=weight
+  wand                 adaptive depth: greedy, leaves as soon as later stages cannot change the token
+  speculative          stage 0 drafts, the pool verifies: the same text, sooner
+  routed               stage 0 answers where it is confident: greedy"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--mode and what goes with it, and how tokens are drawn."""
+    parser.add_argument("--mode", default="full", help="see below [full]")
+    parser.add_argument("--bounds", choices=("max", "p99"), default="max",
+                        help="wand: of all calibration tokens, or of 99 %% of them, which is no guarantee [max]")
+    parser.add_argument("--drafts", default="4", metavar="M", help="speculative: tokens a round, or 'auto' [4]")
+    parser.add_argument("--drafter", type=int, default=1, metavar="N", help="speculative: the first N stages draft [1]")
+    parser.add_argument("--threshold", type=float, help="routed: confidence of stage 0 (default: the calibrated one)")
+    parser.add_argument("--alpha", type=float, default=0.0, help="pool K^alpha * mean_k l_k [0]")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
+    parser.add_argument("--top-k", type=int, help="draw from the so many most probable tokens")
+    parser.add_argument("--top-p", type=float, help="draw from the fewest tokens that hold this probability")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: old tokens are rarer [1]")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling [0]")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_k, args.seed, args.top_p, args.repetition_penalty)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What --mode stands for: an engine of the right view, and a mode or None."""
+
+    engine: Engine
+    mode: Mode | None
+
+
+def choose(weights: Weights, args: argparse.Namespace, calibration: Callable[[], dict[str, Any]]) -> Choice:
+    """`calibration` is called only if the mode needs it. ConfigError for an unknown mode or one the model lacks."""
+    view: View | Composition = View()
+    mode: Mode | None = None
+    if args.mode.startswith("compose:"):
+        view = Composition.parse(args.mode.removeprefix("compose:"))
+    elif args.mode == "wand":
+        Wand.check_request(weights.config, sampling_of(args), args.alpha)
+        mode = Wand(_bounds(args, calibration))
+    elif args.mode == "routed":
+        Routed.check_request(weights.config, sampling_of(args), args.alpha)
+        mode = Routed(_threshold(args, calibration))
+    elif args.mode == "speculative":
+        mode = Speculative(_drafts(args.drafts), args.drafter)
+    else:
+        try:
+            view = View.parse(args.mode)
+        except ConfigError:
+            raise ConfigError(f"unknown mode {args.mode!r}", "--mode", "use full, stage:K, prefix:N, compose:K=W,.., "
+                              "wand, speculative or routed") from None
+    engine = Engine(weights, view, alpha=args.alpha)
+    if mode is not None:
+        mode.check(weights.config, weights.n_stages, sampling_of(args), args.alpha)
+    return Choice(engine, mode)
+
+
+def _bounds(args: argparse.Namespace, calibration: Callable[[], dict[str, Any]]) -> list[float]:
+    found = calibration().get(P99 if args.bounds == "p99" else MAX)
+    if not isinstance(found, list) or not all(isinstance(b, float) for b in found):
+        raise ConfigError(f"the calibration has no {args.bounds} bounds", "--mode wand", "run scripts.calibrate again")
+    return found
+
+
+def _threshold(args: argparse.Namespace, calibration: Callable[[], dict[str, Any]]) -> float:
+    if args.threshold is not None:
+        return float(args.threshold)
+    routing = calibration().get("routing")
+    if not isinstance(routing, dict) or not isinstance(routing.get("threshold", ""), float | None):
+        raise ConfigError("the calibration has no routing threshold", "--mode routed", "run scripts.calibrate again")
+    return float("inf") if routing["threshold"] is None else routing["threshold"]
+
+
+def _drafts(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"expected a number or auto, got {text!r}", "--drafts")
+    return int(text)

@@ -1,0 +1,167 @@
+"""The weights that decoding reads, made once from a model: converted, fused and folded.
+
+Queries, keys, values and the gates of value embeddings are one matrix, so a token costs one product instead of four.
+Shared and stage head are added up once. What needs no change shares its memory with the model; what the engine copies
+does not follow later updates of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanopoe.config.layout import VE_GATE_CHANNELS
+from nanopoe.model.gpt import GPT, QK_SCALE, SOFTCAP, Attention, Block, norm
+
+PACK_FROM = 3            # rows from which oneDNN's packed product is faster than the matrix-vector product of MKL
+
+
+class Matrix:
+    """A weight (O, I) of a linear map, laid out for one token at a time: contiguous along its longer side.
+
+    So laid out, a CPU streams the weights of a product with one vector at 2 to 4 times the speed. `pack` adds a copy
+    for chunks of a few tokens, which then cost about what one token costs; without it five cost two to three times
+    that. Both are the same sums in another order.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.out_features, self.in_features = weight.shape
+        if weight.device.type == "cpu" and self.out_features > self.in_features:
+            weight = weight.t().contiguous().t()
+        self.weight = weight
+        self.packed: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def pack(self) -> None:
+        """On a CPU with oneDNN, in fp32; else nothing."""
+        w = self.weight
+        if self.packed is None and w.device.type == "cpu" and w.dtype == torch.float32 and _can_pack():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, I) -> (N, O)."""
+        if self.packed is not None and x.size(0) >= PACK_FROM:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return F.linear(x, self.weight)
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (N, O) + the map of y (N, I)."""
+        if self.packed is not None and x.size(0) >= PACK_FROM:
+            return x + self(y)
+        return torch.addmm(x, y, self.weight.t())
+
+
+def _can_pack() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block. `qkv` (H*D + 2*Hkv*D, d), with Hkv more rows where there are value embeddings: their gates."""
+
+    qkv: Matrix
+    out: Matrix                  # (d, d)
+    fc: Matrix                   # (I, d)
+    proj: Matrix                 # (d, I)
+    values: Tensor | None        # (V', Hkv*D) value embeddings
+    window: int
+    resid: float                 # r_i of SPEC 1
+    heads: int                   # query heads
+    widths: list[int]            # columns of qkv's product: queries and keys, values, gates
+
+    @property
+    def bytes(self) -> int:
+        """Read for a token, but for the one row of `values`."""
+        return sum(m.nbytes for m in self.matrices)
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return self.qkv, self.out, self.fc, self.proj
+
+
+class Weights:
+    """A model as the decoder reads it, in `dtype` (None: the model's compute dtype)."""
+
+    @torch.no_grad()
+    def __init__(self, model: GPT, dtype: torch.dtype | None = None):
+        self.config, self.layout = model.config, model.layout
+        self.dtype = dtype or model.compute_dtype
+        self.device = model.lm_head.weight.device
+        self.embedding = cast(nn.Embedding, model.transformer["wte"]).weight
+        self.smear_gate = model.smear_gate.weight.to(self.dtype)
+        self.smear_lambda = self._scalar(model.smear_lambda[0])
+        self.backout = self._scalar(model.backout_lambda[0]) if model.config.poe_mode == "none" else None
+        blocks = cast(nn.ModuleList, model.transformer["h"])
+        self.layers = [self._layer(model, cast(Block, block), i) for i, block in enumerate(blocks)]
+        self.inject = [model.x0_lambdas[self.layout.stage_layers(k)].to(self.dtype)[:, None, None].clone()
+                       for k in range(self.n_stages)]                                  # c_i of the layers of a stage
+        self.shared_head = not self.layout.stage_heads
+        folded = [Matrix(model.head_weight(k).to(self.dtype)) for k in range(1 if self.shared_head else self.n_stages)]
+        self.heads = folded * (self.n_stages if self.shared_head else 1)               # (V, d) each
+        self.attention_scale = QK_SCALE * QK_SCALE / self.layout.head_dim ** 0.5
+
+    @property
+    def n_stages(self) -> int:
+        return self.layout.n_stages
+
+    def _scalar(self, value: Tensor) -> float:
+        """Rounded to the compute dtype, as the model does."""
+        return float(value.to(self.dtype))
+
+    def _layer(self, model: GPT, block: Block, i: int) -> LayerWeights:
+        attn: Attention = block.attn
+        rows = [attn.c_q.weight, attn.c_k.weight, attn.c_v.weight]
+        values = None
+        if attn.ve_gate is not None:
+            rows.append(F.pad(attn.ve_gate.weight, (0, self.config.n_embd - VE_GATE_CHANNELS)))
+            values = cast(nn.Embedding, model.value_embeds[str(i)]).weight
+        kv = self.config.n_kv_head * attn.head_dim
+        widths = [attn.n_head * attn.head_dim + kv, kv] + [attn.n_kv_head] * (values is not None)
+        return LayerWeights(
+            heads=self.config.n_head, widths=widths, qkv=Matrix(torch.cat(rows).to(self.dtype)),
+            out=Matrix(attn.c_proj.weight.to(self.dtype)),
+            fc=Matrix(block.mlp.c_fc.weight.to(self.dtype)), proj=Matrix(block.mlp.c_proj.weight.to(self.dtype)),
+            values=values,
+            window=self.layout.window_sizes[i], resid=self._scalar(model.resid_lambdas[i]))
+
+    # -- heads ----------------------------------------------------------------------------------------------------
+
+    def logits(self, stages: Sequence[int], states: list[Tensor]) -> list[Tensor]:
+        """Boundary states (N, D) of `stages` -> their capped logits (N, V) + 15, fp32; a shared head is read once.
+
+        15 tanh(z/15) + 15 is 30 sigmoid(2z/15), which a CPU has in a sixth of the time. Everything that reads
+        these is blind to a constant.
+        """
+        if self.shared_head and len(states) > 1:
+            return list(self._capped(torch.cat(states), self.heads[0]).split(states[0].size(0)))
+        return [self._capped(x, self.heads[k]) for k, x in zip(stages, states, strict=True)]
+
+    def _capped(self, x: Tensor, head: Matrix) -> Tensor:
+        return head(norm(x)).float().mul_(2 / SOFTCAP).sigmoid_().mul_(2 * SOFTCAP)
+
+    def pack(self) -> None:
+        """Prepare for chunks of a few tokens, at the price of a second copy of the matrices (Matrix.pack)."""
+        for matrix in {id(m): m for layer in self.layers for m in layer.matrices}.values():
+            matrix.pack()
+        for head in self.heads:
+            head.pack()
+
+    # -- what a token costs ---------------------------------------------------------------------------------------
+
+    def bytes_read(self, depth: int, heads: int | None = None) -> int:
+        """Bytes of weights that a token reads which runs the first `depth` stages and `heads` of their heads (all)."""
+        layers = sum(layer.bytes for layer in self.layers[:self.layout.boundaries[depth - 1] + 1])
+        distinct = min(depth if heads is None else heads, 1 if self.shared_head else depth)
+        return layers + distinct * self.heads[0].nbytes
+
+    def share(self, depth: int) -> float:
+        """Cost of a token of the first `depth` stages, with all their heads, relative to the whole model."""
+        return self.bytes_read(depth) / self.bytes_read(self.n_stages)
