@@ -34,7 +34,7 @@ def says(content: str, *calls: Record) -> Record:
     return {"role": "assistant", "content": content, **({"tool_calls": list(calls)} if calls else {})}
 
 
-def call(name: str, **arguments: Any) -> Record:
+def call(name: str, /, **arguments: Any) -> Record:
     return {"name": name, "arguments": arguments}
 
 
