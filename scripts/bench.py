@@ -1,9 +1,10 @@
-"""Measure: what training an experiment costs on this machine, and what the data loader gives."""
+"""Measure: what training an experiment costs on this machine, what the data loader gives, how fast a model writes."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ EXAMPLES = """examples:
   python -m scripts.bench optimizer configs/small_poe.yaml
   torchrun --nproc_per_node=4 -m scripts.bench memory configs/small_poe.yaml
   python -m scripts.bench data                                        8 x 512 on ../shared/corpus
-  python -m scripts.bench data --rows 8 32 --seq 2048 --data data/stdlib/train --tokenizer data/stdlib/tokenizer"""
+  python -m scripts.bench data --rows 8 32 --seq 2048 --data data/stdlib/train --tokenizer data/stdlib/tokenizer
+  python -m scripts.bench decode out/quickstart --transformers        every mode, and `generate` of the export"""
 CORPUS = Path("../shared/corpus")
 
 COLUMNS = {
@@ -67,6 +69,8 @@ def main() -> None:
     args = parse()
     if args.what == "data":
         results = data_results(args)
+    elif args.what == "decode":
+        results = decode_results(args)
     else:
         results = experiment_results(args)
     if not results:                                             # another rank tells
@@ -84,6 +88,10 @@ def main() -> None:
         table = Table("", *(f"{r['rows']} x {r['seq']} {r['packing']}" for r in results))
         for name in columns[0]:
             table.add_row(name, *(column[name] for column in columns))
+    elif args.what == "decode":
+        table = Table("", "tokens/s", "against plain", "by weights read", "tokens as plain", "")
+        for result in results:
+            table.add_row(*decode_row(result))
     else:
         table = Table(*COLUMNS[args.what])
         for result in results:
@@ -121,10 +129,21 @@ def parse() -> argparse.Namespace:
     command.add_argument("--buffer", type=int, default=128, help="documents of a lane to choose from [128]")
     command.add_argument("--threads", type=int, default=2)
     command.add_argument("--seconds", type=float, default=2.0, help="of one measurement; three of each are made [2]")
+    text = "tokens/s of a trained model, one text at a time: plain, and every mode in turns with plain (needs evaluate)"
+    command = commands.add_parser("decode", help=text, description=text, parents=[common])
+    command.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    command.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    command.add_argument("--tokens", type=int, default=60, help="written after each of the seven probes [60]")
+    command.add_argument("--rounds", type=int, default=5, help="of which the best, or the median, counts [5]")
+    command.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of arithmetic [float32]")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--transformers", action="store_true",
+                         help="also `generate` of the export under transformers, in turns with plain")
     args = parser.parse_args()
-    for name in ("steps", "rows", "seq", "vocab", "lanes", "buffer", "threads", "seconds"):
-        values = getattr(args, name, [])
-        for value in values if isinstance(values, list) else [values]:
+    for name in ("tokens", "rounds", "steps", "rows", "seq", "vocab", "lanes", "buffer", "threads", "seconds"):
+        values = getattr(args, name, None)
+        for value in values if isinstance(values, list) else [] if values is None else [values]:
             if name == "seconds" and not 0 < value < 1e6:
                 raise ConfigError(f"must be above 0, got {value}", "--seconds")
             if name != "seconds" and value < 1:
@@ -164,6 +183,81 @@ def data_results(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [bench_data(lambda: [open_source("data", folder, files)], tokenizer,
                        DataBench(rows, seq, packing, args.lanes, args.buffer, args.threads, args.seconds))
             for packing in args.packing for rows in args.rows for seq in args.seq]
+
+
+def decode_results(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Plain decoding first, then transformers if asked for, then every mode."""
+    import tempfile
+
+    import torch
+
+    from nanopoe.checkpoint.evaluation import read_calibration
+    from nanopoe.config import config_hash
+    from nanopoe.dist import world
+    from nanopoe.export.run import export_run
+    from nanopoe.infer.engine import Engine
+    from nanopoe.infer.measure import calibrated_modes, compare, decode_speed, in_turns
+    from nanopoe.infer.probes import PROBES
+    from nanopoe.infer.text import prompt_ids
+    from nanopoe.infer.weights import Weights
+    from nanopoe.train.restore import load_trained
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with world(args.device) as here:
+        if here.size > 1:
+            raise ConfigError(f"bench decode measures one rank, not {here.size}", "torchrun",
+                              "start it with python -m scripts.bench")
+        model, tokenizer, checkpoint = load_trained(args.run, args.step, here)
+        poe = model.config.poe_mode != "none"
+        calibration = read_calibration(args.run, checkpoint.step, config_hash(checkpoint.experiment)) if poe else None
+        engine = Engine(Weights(model, getattr(torch, args.dtype)))
+        prompts = [prompt_ids(tokenizer, probe) for probe in PROBES]
+        results = [{"name": "plain", **decode_speed(engine, prompts[0], args.tokens, args.rounds)}]
+        if args.transformers:
+            with tempfile.TemporaryDirectory() as folder:
+                repo, _ = export_run(args.run, Path(folder) / "repo", step=checkpoint.step, dtype=args.dtype)
+                theirs = exported(repo, prompts[0], args.tokens, here.device)
+                results.append({"name": "transformers", **in_turns(lambda: engine.generate(
+                    prompts[:1], max_new_tokens=args.tokens)[0], theirs, args.rounds)})
+        modes = calibrated_modes(calibration) if calibration else {}
+        found = compare(engine, modes, prompts, args.tokens, args.rounds)
+        return results + [{"name": name, **figures} for name, figures in found.items()]
+
+
+def exported(repo: Path, prompt: list[int], tokens: int, device: Any) -> Callable[[], list[int]]:
+    """Greedy `generate` of an export under transformers."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        raise ConfigError("is not installed", "--transformers", "pip install transformers") from None
+    import torch
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, dtype="auto").to(device)
+    ids = torch.tensor([prompt], device=device)
+
+    def generate() -> list[int]:
+        out = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        return [int(token) for token in out[0, len(prompt):]]
+
+    return generate
+
+
+def decode_row(r: dict[str, Any]) -> list[str]:
+    """A way to write, as a line of the table."""
+    if r["name"] == "plain":
+        return ["plain", f"{r['tokens_per_s']:.1f}", "", "", "", f"{r['of_bound']:.0%} of the bound: "
+                f"{r['bytes_per_token'] / 1e6:.1f} MB a token at {r['bandwidth'] / 1e9:.1f} GB/s"]
+    if r["name"] == "transformers":
+        return ["transformers", f"{r['their_tokens_per_s']:.1f}", f"{1 / r['ratio']:.2f}x", "",
+                "all" if r["equal"] else "not all", f"plain is {r['ratio']:.2f} times as fast"]
+    what = f"exits {' '.join(map(str, r['exits']))}" if "exits" in r else \
+        f"{r['acceptance']:.1%} accepted, {r['mean_accepted']:.2f} a round"
+    return [r["name"], f"{r['tokens_per_s']:.1f}", f"{r['measured_speedup']:.2f}x", f"{r['predicted_speedup']:.2f}x",
+            f"{r['agreement']:.1%}", what]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Calibrate a checkpoint: the bounds of adaptive depth and the routing threshold, into its evaluation record."""
+"""Calibrate a checkpoint with other options than scripts.evaluate: bounds of adaptive depth, routing threshold."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ EXAMPLES = """examples:
   python -m scripts.calibrate out/poe_1p3b --step 20000 --tokens 131072 --device cuda
   python -m scripts.calibrate out/quickstart --routing agreement --cap 0.05 --json | jq .routing
 
-adds `calibration` to RUN/evaluation/step_NNNNNNNN.json, which generate and chat read; evaluates the step first if
-that was not done. Its keys: nanopoe.infer.calibrate.calibrate"""
+replaces `calibration` in RUN/evaluation/step_NNNNNNNN.json, which generate, chat and export_hf read; evaluates the
+step first if that was not done. Its keys: nanopoe.infer.calibrate.calibration"""
 
 
 @entrypoint
@@ -38,12 +38,13 @@ def main() -> None:
 
     from nanopoe.checkpoint.evaluation import evaluation_path, save_calibration, save_evaluation
     from nanopoe.dist import world
-    from nanopoe.infer.calibrate import MAX, P99, calibrate
+    from nanopoe.infer.calibrate import calibrate
     from nanopoe.infer.depth import check_poe
+    from nanopoe.infer.modes import BOUNDS
     from nanopoe.report.tables import evaluation_markdown
     from nanopoe.train.build import validation
-    from nanopoe.train.evaluate import evaluate_checkpoint
     from nanopoe.train.restore import load_trained
+    from nanopoe.train.trajectory import Request, evaluate_checkpoint
 
     with world(args.device) as here:
         if here.size > 1:
@@ -52,7 +53,7 @@ def main() -> None:
         model, tokenizer, checkpoint = load_trained(args.run, args.step, here)
         check_poe(model.config, str(args.run))
         if not evaluation_path(args.run, checkpoint.step).exists():
-            result = evaluate_checkpoint(args.run, checkpoint.step, None, here)
+            result = evaluate_checkpoint(args.run, checkpoint.step, Request(speed=False), here)
             save_evaluation(args.run, result, evaluation_markdown(result, f"{result['run']}, step {result['step']}"))
         rows = validation(checkpoint.experiment, tokenizer, here, args.tokens)
         found = calibrate(model, rows, mode=args.routing, cap=args.cap)
@@ -62,9 +63,9 @@ def main() -> None:
         return
     r = found["routing"]
     print(f"{args.run}, step {checkpoint.step}, {found['tokens']:,} tokens")
-    for name, bounds in (("p99", found[P99]), ("max", found[MAX])):
+    for name, bounds in ((name, found[key]) for name, key in BOUNDS.items()):
         w = found["wand"][name]
-        print(f"bounds {name}  {'  '.join(f'{b:.4f}' for b in bounds)}   exits "
+        print(f"bounds {name:9} {'  '.join(f'{b:.4f}' for b in bounds)}   exits "
               f"{' '.join(f'{e:.1%}' for e in w['exits'])}   "
               f"agreement {w['agreement']:.2%}   predicted {w['predicted_speedup']:.2f}x")
     threshold = "none" if r["threshold"] is None else f"{r['threshold']:.4f}"

@@ -22,9 +22,8 @@ EXAMPLES = """examples:
   echo "The capital of France is" | python -m scripts.generate out/quickstart --mode speculative --drafts auto
   python -m scripts.generate out/quickstart "class " --mode wand --colour      after scripts.calibrate
   python -m scripts.generate out/quickstart "class " --mode compose:0=1,2=3 --json | jq .stats
-  python -m scripts.generate out/quickstart --measure                          speed of every mode
 
-without a prompt it is read from stdin; an empty one is a new document"""
+without a prompt it is read from stdin; an empty one is a new document. How fast every mode is: scripts.bench decode"""
 
 COLOURS = ("green", "cyan", "yellow", "magenta", "blue", "red")
 
@@ -44,9 +43,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--colour", action="store_true", help="colour every token by the stage that decided it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
-    parser.add_argument("--measure", action="store_true",
-                        help="no text: tokens/s of plain decoding against reading the weights once per token, then "
-                             "speculative, wand and routed against plain, on the seven probes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 
@@ -79,9 +75,6 @@ def main() -> None:
         def calibration() -> dict[str, Any]:
             return read_calibration(args.run, checkpoint.step, config_hash(checkpoint.experiment))
 
-        if args.measure:
-            measure(weights, tokenizer, calibration, args)
-            return
         choice = choose(weights, args, calibration)
         prompt = args.prompt if args.prompt is not None else sys.stdin.read().removesuffix("\n")
         ids = prompt_ids(tokenizer, prompt)
@@ -145,35 +138,6 @@ def told(generation: Generation, tokens: int, seconds: float) -> str:
         line += (f", {stats['rounds']} rounds, {stats['accepted']} of {stats['drafted']} drafts accepted "
                  f"({stats['acceptance']:.1%}, {stats['mean_accepted']:.2f} a round)")
     return line
-
-
-def measure(weights: Any, tokenizer: Any, calibration: Any, args: argparse.Namespace) -> None:
-    """The table of --measure; wand and routed need a calibrated step."""
-    from nanopoe.infer.engine import Engine
-    from nanopoe.infer.measure import compare, decode_speed
-    from nanopoe.infer.modes import choose
-    from nanopoe.infer.text import prompt_ids
-    from nanopoe.train.evaluate import PROBES
-
-    prompts = [prompt_ids(tokenizer, probe) for probe in PROBES]
-    choices = {}
-    for args.mode in ("speculative", "wand", "routed") if weights.config.poe_mode != "none" else ():
-        choices[args.mode] = choose(weights, args, calibration)
-    speed = decode_speed(Engine(weights), prompts[0], args.tokens)
-    found: dict[str, Any] = {"plain": speed}
-    for name, choice in choices.items():
-        assert choice.mode is not None
-        found[name] = compare(choice.engine, choice.mode, prompts, args.tokens, repeats=3)
-    if args.json:
-        print(json.dumps(found, indent=1))
-        return
-    print(f"plain       {speed['tokens_per_s']:8.1f} tokens/s, {speed['of_bound']:.0%} of the bound: "
-          f"{speed['bytes_per_token'] / 1e6:.1f} MB a token at {speed['bandwidth'] / 1e9:.1f} GB/s")
-    for name, r in list(found.items())[1:]:
-        what = f"exits {r['exits']}" if "exits" in r else \
-            f"acceptance {r['acceptance']:.1%}, {r['mean_accepted']:.2f} a round"
-        print(f"{name:12}{r['tokens_per_s']:8.1f} tokens/s, {r['measured_speedup']:.2f}x measured, "
-              f"{r['predicted_speedup']:.2f}x predicted, agreement {r['agreement']:.1%}, {what}")
 
 
 if __name__ == "__main__":

@@ -1,42 +1,34 @@
-"""Draw the curves of runs and compare their evaluations."""
+"""Report on runs: the trajectory of evaluated steps as tables and plots, in Markdown and as one HTML page."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from nanopoe.checkpoint import list_steps, open_checkpoint
-from nanopoe.errors import ConfigError, StorageError, entrypoint
-from nanopoe.report.plots import plot_comparison, plot_curves
-from nanopoe.report.runs import RunStory, load_run
-from nanopoe.report.tables import comparison_markdown, comparison_table
+from nanopoe.errors import CheckpointError, ConfigError, StorageError, entrypoint
+from nanopoe.report.runs import RunStory, choose, load_run, parse_steps
+from nanopoe.report.tables import comparison_table
+from nanopoe.report.write import write_report
 
 EXAMPLES = """examples:
-  python -m scripts.report out/quickstart --out out/quickstart/report
-  python -m scripts.report out/small_bp out/small_poe out/small_poe_heads --out out/comparison
+  python -m scripts.report out/quickstart                              into out/quickstart/report
+  python -m scripts.report out/poe_3b --steps 83923,100000-134723 --out out/second_cycle
+  python -m scripts.report out/small_bp out/small_poe --out out/comparison
 
-writes for one run curves.png and comparison.md, for several curves_RUN.png each, comparison.png and comparison.md"""
+reads RUN/metrics.jsonl and RUN/evaluation/step_*.json (scripts.evaluate, scripts.calibrate)
+writes report.html, one page that needs no network, report.md, and its pictures as PNG files"""
 
 
 def read(path: Path) -> RunStory:
-    """A run with the phases of its schedule, which its newest checkpoint knows."""
-    return load_run(path, open_checkpoint(path).experiment if list_steps(path) else None)
-
-
-def write(runs: list[RunStory], evaluations: dict[str, dict[str, Any]], out: Path) -> list[str]:
-    """All files of the report into `out`; their names."""
-    out.mkdir(parents=True, exist_ok=True)
-    written = ["curves.png"] if len(runs) == 1 else [f"curves_{run.name}.png" for run in runs]
-    for run, name in zip(runs, written, strict=True):
-        plot_curves(run, out / name)
-    if len(runs) > 1:
-        plot_comparison(runs, out / "comparison.png")
-        written.append("comparison.png")
-    if evaluations:
-        (out / "comparison.md").write_text(comparison_markdown(evaluations), encoding="utf-8")
-        written.append("comparison.md")
-    return written
+    """A run with its experiment, which its newest checkpoint knows; a run can be looked at without."""
+    experiment, unknown = None, "there is no checkpoint"
+    if list_steps(path):
+        try:
+            experiment = open_checkpoint(path).experiment
+        except CheckpointError as error:
+            unknown = f"the newest checkpoint {error.what}"
+    return load_run(path, experiment, unknown)
 
 
 @entrypoint
@@ -44,24 +36,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.report", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write (default, for one run: RUN/report)")
+    parser.add_argument("--steps", metavar="LIST", help="evaluated steps to show, such as 100,200-600 (default: all)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
+    if args.out is None and len(args.runs) > 1:
+        raise ConfigError("a report of several runs needs a folder", "--out", "name one")
+    wanted = parse_steps(args.steps) if args.steps is not None else None
     runs = [read(path) for path in args.runs]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"two runs of one name among {', '.join(names)}", do="rename a run folder")
-    evaluations = {run.name: run.evaluation for run in runs if run.evaluation is not None}
+    runs = runs if wanted is None else choose(runs, wanted)
+    out = args.out or args.runs[0] / "report"
     try:
-        written = write(runs, evaluations, args.out)
+        written = write_report(runs, out)
     except OSError as error:
-        raise StorageError(f"cannot be written ({error.strerror or error})", args.out,
+        raise StorageError(f"cannot be written ({error.strerror or error})", out,
                            "free space or choose another --out") from error
+    evaluations = {run.name: run.newest.model_dump() for run in runs if run.newest}
     if evaluations:
         from rich.console import Console
 
         Console(highlight=False, width=160).print(comparison_table(evaluations))
-    print(f"written to {args.out}: {', '.join(written)}")
+    print(f"written to {out}: {', '.join(written)}")
 
 
 if __name__ == "__main__":

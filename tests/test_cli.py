@@ -147,8 +147,9 @@ def test_from_a_folder_of_text_to_generation(tmp_path: Path, cli: Call) -> None:
     assert scores["bpb"]["prefixes"][-1] == scores["bpb"]["full"]
     assert scores["bpb"] != json.loads((run / "evaluation" / "step_00000004.json").read_text())["bpb"]      # control
     done = cli("report", run, "--out", tmp_path / "report")
-    assert done.code == 0 and done.out.endswith("report: curves.png, comparison.md\n"), done
-    assert f"{scores['bpb']['full']:.6f}" in (tmp_path / "report" / "comparison.md").read_text()
+    assert done.code == 0 and "report: report.html, report.md, " in done.out, done
+    for name in ("report.md", "report.html"):
+        assert f"{scores['bpb']['full']:.6f}" in (tmp_path / "report" / name).read_text("utf-8")
     assert (tmp_path / "report" / "curves.png").read_bytes().startswith(b"\x89PNG")
     done = cli("export_hf", run, "--out", hub)
     assert (done.code, done.out) == (0, f"step 8 exported to {hub}\n"), done

@@ -14,10 +14,12 @@ from nanopoe.checkpoint.evaluation import save_evaluation
 from nanopoe.dist import World
 from nanopoe.errors import DataError, NumericsError
 from nanopoe.infer.engine import Engine
+from nanopoe.infer.probes import PROBES, probes
+from nanopoe.infer.weights import Weights
 from nanopoe.model import GPT
 from nanopoe.model.pool import View, aggregate, diversity
 from nanopoe.tokenizer import Tokenizer
-from nanopoe.train.evaluate import PROBES, evaluate, probes
+from nanopoe.train.evaluate import evaluate
 from tests.ranks import model_config, run_ranks
 from tests.test_engine import live_model, three_stages
 
@@ -148,7 +150,7 @@ def test_bad_input_is_refused(poe: GPT) -> None:
 
 def test_probes_are_greedy_and_begin_with_bos(poe: GPT) -> None:
     tokenizer = Tokenizer.train([" ".join(PROBES), "a quick brown fox jumps over the lazy dog"], V)
-    rows = probes(poe, tokenizer, max_new_tokens=6)
+    rows = probes(Weights(poe), tokenizer, max_new_tokens=6)
     assert [row["prompt"] for row in rows] == list(PROBES)
     assert len(PROBES) == 7
     assert [list(row["answers"]) for row in rows] == [["full", "stage:0", "stage:1", "stage:2"]] * 7

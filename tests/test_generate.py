@@ -20,6 +20,7 @@ from nanopoe.checkpoint.evaluation import evaluation_path, read_calibration, sav
 from nanopoe.errors import CheckpointError
 from nanopoe.infer.batch import Emitted
 from nanopoe.infer.calibrate import MAX, P99
+from nanopoe.infer.depth import Routed
 from nanopoe.infer.engine import Engine
 from nanopoe.infer.measure import compare, decode_speed
 from nanopoe.infer.speculative import Speculative
@@ -159,14 +160,21 @@ def test_backprop_models_generate_in_full_mode(generate: Command, command: Comma
     refused(command("calibrate", runs / "bp"), 2, "config", "trained without stage losses")
 
 
-def test_measure_shows_every_mode(generate: Command) -> None:
-    found = told(generate("poe", "--measure", "--tokens", "6", "--json"))
-    assert list(found) == ["plain", "speculative", "wand", "routed"]
-    assert found["speculative"]["agreement"] == found["wand"]["agreement"] == 1
-    assert all(found[name]["measured_speedup"] > 0 for name in ("speculative", "wand", "routed"))
+def test_bench_shows_every_mode(runs: Path, command: Command) -> None:
+    options = ("--tokens", "6", "--rounds", "1", "--transformers")
+    done = command("bench", "decode", runs / "poe", *options, "--json")
+    assert done.code == 0, done
+    found = {r["name"]: r for r in map(json.loads, done.out.splitlines())}
+    assert list(found) == ["plain", "transformers", "speculative", "speculative_auto", "wand_max", "wand_p99",
+                           "wand_lead", "wand_lead_p99", "routed"]
+    assert found["transformers"]["equal"] and found["transformers"]["ratio"] > 0
+    assert found["speculative"]["agreement"] == found["wand_max"]["agreement"] == 1
+    assert all(r["measured_speedup"] > 0 for name, r in found.items() if name not in ("plain", "transformers"))
     assert found["plain"]["bound_tokens_per_s"] > found["plain"]["tokens_per_s"]
-    done = generate("poe", "--measure", "--tokens", "6")
-    assert "of the bound" in done.out and "acceptance" in done.out and "exits" in done.out
+    done = command("bench", "decode", runs / "bp", "--tokens", "6", "--rounds", "1")       # has no modes
+    assert "of the bound" in done.out and "wand" not in done.out
+    refused(command("bench", "decode", runs / "raw"), 4, "checkpoint", "not calibrated")
+    refused(command("bench", "decode", runs / "poe", "--tokens", "0"), 2, "config", "--tokens")
 
 
 # -- the record -------------------------------------------------------------------------------------------------------
@@ -181,16 +189,12 @@ def test_calibration_lives_in_the_evaluation_record(runs: Path, tmp_path: Path) 
                               (runs / "raw", STEPS, record["config_hash"])):
         with pytest.raises(CheckpointError, match="not calibrated"):
             read_calibration(run, step, config)
-    save_evaluation(tmp_path, {k: v for k, v in record.items() if k != "calibration"}, "")
-    save_calibration(tmp_path, STEPS, found)
-    save_evaluation(tmp_path, {k: v for k, v in record.items() if k != "calibration"}, "again")
-    assert read_calibration(tmp_path, STEPS, record["config_hash"]) == found       # evaluating again keeps it ..
-    save_evaluation(tmp_path, {**{k: v for k, v in record.items() if k != "calibration"}, "config_hash": "new"}, "")
+    save_evaluation(tmp_path, {**record, "calibration": None}, "")
     with pytest.raises(CheckpointError, match="not calibrated"):
-        read_calibration(tmp_path, STEPS, "new")                       # .. but not of another config
-    evaluation_path(tmp_path, STEPS).write_text("{torn")
-    save_evaluation(tmp_path, record, "")
+        read_calibration(tmp_path, STEPS, record["config_hash"])
+    save_calibration(tmp_path, STEPS, found)
     assert read_calibration(tmp_path, STEPS, record["config_hash"]) == found
+    assert json.loads(evaluation_path(tmp_path, STEPS).read_text()) == record      # the rest stays
 
 
 def test_calibrate_takes_its_options(runs: Path, command: Command, tmp_path: Path) -> None:
@@ -252,7 +256,9 @@ def test_characters_of_several_tokens_come_whole(data: Path, text: str) -> None:
 def test_comparison_adds_up(runs: Path) -> None:
     engine: Engine = Engine(model := three_stages())
     assert isinstance(model, GPT)
-    found = compare(engine, Speculative(2), [[1, 2], [3]], 10)
+    both = compare(engine, {"two": Speculative(2), "exits": Routed(0.0)}, [[1, 2], [3]], 10)
+    assert both["exits"]["exits"] == [20, 0, 0] and both["exits"]["agreement"] < 1
+    found = both["two"]
     assert found["rounds"] + found["accepted"] == 20
     assert (found["prompts"], found["equal"], found["agreement"]) == (2, 2, 1.0)
     assert found["measured_speedup"] == pytest.approx(found["tokens_per_s"] / found["plain_tokens_per_s"])

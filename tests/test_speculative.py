@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,22 @@ import torch
 from nanopoe.errors import ConfigError
 from nanopoe.infer import speculative
 from nanopoe.infer.engine import Engine
+from nanopoe.infer.probes import PROBES
 from nanopoe.infer.sampling import Sampling
-from nanopoe.infer.speculative import MOST_DRAFTS, Speculative, SpeculativeStats, accept, ideal_speedup
+from nanopoe.infer.speculative import (
+    BELIEF,
+    LEADS,
+    MOST_DRAFTS,
+    Draft,
+    Pace,
+    Speculative,
+    SpeculativeStats,
+    accept,
+    ideal_speedup,
+)
 from nanopoe.model import GPT
 from nanopoe.model.pool import View
 from nanopoe.tokenizer import Tokenizer
-from nanopoe.train.evaluate import PROBES
 from tests.models import documents, live_model, run, three_stages
 from tests.ranks import model_config
 
@@ -93,13 +104,69 @@ def test_penalty_counts_drafts_as_text(poe: GPT) -> None:
     assert full != Engine(poe).generate(PROMPTS, max_new_tokens=40)
 
 
-def test_adaptive_drafts_follow_acceptance() -> None:
-    mode = Speculative(None)
-    assert mode.next(4, 4, 4) == 5
-    assert mode.next(MOST_DRAFTS, 16, 16) == MOST_DRAFTS
-    assert mode.next(8, 8, 2) == 5
-    assert mode.next(1, 1, 0) == 1
-    assert Speculative(4).next(4, 4, 4) == 4
+def drafted(pace: Pace, leads: list[float], most: int = MOST_DRAFTS) -> int:
+    """How far a drafter runs that has these leads, one after the other."""
+    draft = Draft(min(most, pace.most))
+    for lead in leads:
+        if not pace.goes_on(draft, lead):
+            break
+        draft.tokens.append(0)
+    return len(draft.tokens)
+
+
+def test_drafting_stops_where_it_does_not_pay() -> None:
+    sure, torn = [5.0] * 20, [0.05] * 20
+    assert drafted(Pace(Speculative(None), 0.5), sure) == MOST_DRAFTS
+    assert drafted(Pace(Speculative(None), 0.5), sure, most=3) == 3
+    assert drafted(Pace(Speculative(None), 0.5), torn) == 1              # .6 for .5, then .36 for .5
+    assert drafted(Pace(Speculative(None), 0.7), torn) == 0              # .6 for .7
+    assert drafted(Pace(Speculative(None), 0.1), torn) > 1               # a cheap drafter may gamble
+    assert drafted(Pace(Speculative(None), 0.5), [5.0, 5.0, 0.05, *sure]) == 2
+    assert drafted(Pace(Speculative(4), 0.9), torn) == drafted(Pace(Speculative(4), 0.1), sure) == 4
+
+
+def test_drafting_stops_where_the_rate_is_highest() -> None:
+    """Against trying every length: tokens expected for their cost."""
+    draw = random.Random(0)
+    for _ in range(200):
+        share, leads = draw.uniform(0.05, 0.9), [draw.expovariate(1.0) for _ in range(MOST_DRAFTS)]
+        chances, chance = [], 1.0
+        for lead in leads:
+            chance *= BELIEF[sum(lead >= edge for edge in LEADS)]
+            chances.append(chance)
+        rates = [(1 + sum(chances[:n])) / (1 + n * share) for n in range(MOST_DRAFTS + 1)]
+        assert rates[drafted(Pace(Speculative(None), share), leads)] == pytest.approx(max(rates))
+
+
+def test_the_pace_learns_from_what_was_accepted() -> None:
+    pace = Pace(Speculative(None), 0.5)
+    for _ in range(60):
+        draft = Draft(4)
+        while pace.goes_on(draft, 5.0):
+            draft.tokens.append(0)
+        if not draft.tokens:
+            break
+        pace.learn(draft, accepted=0)                                    # sure of itself, and always wrong
+    assert drafted(pace, [5.0] * 20) == 0
+    assert drafted(pace, [1.0] * 20) > 4                                 # the other classes know nothing of it
+    draft = Draft(4)
+    for lead in (0.5, 1.0, 5.0):
+        pace.goes_on(draft, lead)
+        draft.tokens.append(0)
+    seen = list(pace.seen)
+    pace.learn(draft, accepted=1)
+    assert [b - a for a, b in zip(seen, pace.seen, strict=True)] == [0, 0, 0, 1, 1, 0]        # not what comes behind
+
+
+def test_adaptive_drafts_stop_at_different_lengths_and_change_nothing(trained: tuple[GPT, Tokenizer]) -> None:
+    model, tokenizer = trained
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in PROBES]
+    full = Engine(model).generate(prompts, max_new_tokens=60)
+    answers, stats = run(Engine(model), prompts, 60, Speculative(None))
+    assert answers == full
+    fixed = run(Engine(model), prompts, 60, Speculative(4))[1]
+    assert stats.acceptance > fixed.acceptance
+    assert run(Engine(model), prompts[:1], 60, Speculative(None))[0] == full[:1]
 
 
 def test_sampling_is_a_function_of_seed_and_row(poe: GPT) -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from nanopoe.errors import ConfigError
-from nanopoe.infer.calibrate import MAX, P99, calibrate, predicted_exits
+from nanopoe.infer.calibrate import LEAD_MAX, LEAD_P99, MAX, P99, calibrate, lead_bounds, predicted_exits
 from nanopoe.infer.depth import DepthStats, Wand
 from nanopoe.infer.engine import Engine
+from nanopoe.infer.probes import PROBES
 from nanopoe.infer.sampling import Sampling
 from nanopoe.model import GPT
 from nanopoe.model.pool import View
 from nanopoe.tokenizer import Tokenizer
-from nanopoe.train.evaluate import PROBES
 from tests.models import documents, live_model, run, three_stages
 from tests.ranks import model_config
 
@@ -43,8 +43,9 @@ def calibration(trained: tuple[GPT, Tokenizer], corpus: Path) -> dict:
 
 # -- generation -------------------------------------------------------------------------------------------------------
 
-def test_max_bounds_equal_full_on_probes_and_real_text(trained: tuple[GPT, Tokenizer], corpus: Path,
-                                                       calibration: dict) -> None:
+@pytest.mark.parametrize("bounds,lead", [(MAX, False), (LEAD_MAX, True)], ids=["ranges", "lead"])
+def test_bounds_of_all_tokens_equal_full_on_probes_and_real_text(
+        trained: tuple[GPT, Tokenizer], corpus: Path, calibration: dict, bounds: str, lead: bool) -> None:
     model, tokenizer = trained
     engine = Engine(model)
     probes = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in PROBES]
@@ -52,12 +53,14 @@ def test_max_bounds_equal_full_on_probes_and_real_text(trained: tuple[GPT, Token
     exits = np.zeros(3, dtype=int)
     for prompts in (probes, texts):
         full = engine.generate(prompts, max_new_tokens=60)
-        answers, stats = run(engine, prompts, 60, Wand(calibration[MAX]))
+        answers, stats = run(engine, prompts, 60, Wand(calibration[bounds], lead))
         assert answers == full
         exits += np.array(stats.exits)
     assert exits.sum() == 57 * 60
     assert (exits > 0).all()                                        # it did leave early, at every stage
     assert 1 < stats.mean_depth < 3
+    ranges = run(engine, texts, 60, Wand(calibration[MAX]))[1]
+    assert stats.mean_depth < ranges.mean_depth if lead else stats.mean_depth == ranges.mean_depth
     careless, _ = run(engine, texts, 60, Wand([0.0, 0.0]))          # bounds that do not hold
     assert careless != full
     assert careless == engine.seen_as(View("stage", 0)).generate(texts, max_new_tokens=60)
@@ -175,7 +178,7 @@ def naive_prefixes(model: GPT, rows: torch.Tensor) -> torch.Tensor:
 
 def test_bounds_are_the_ranges_of_the_transitions(poe: GPT) -> None:
     rows = torch.randint(300, (6, 33), generator=torch.Generator().manual_seed(0))
-    found = calibrate(poe, list(rows.split(2)), chunk_rows=50)
+    found = calibrate(poe, list(rows.split(2)))
     prefixes = naive_prefixes(poe, rows)
     delta = prefixes[1:] - prefixes[:-1]
     ranges = (delta.amax(-1) - delta.amin(-1)).T.numpy()                           # (N, K-1)
@@ -185,6 +188,38 @@ def test_bounds_are_the_ranges_of_the_transitions(poe: GPT) -> None:
     assert all(p < m for p, m in zip(found[P99], found[MAX], strict=True))
     shifted = delta + torch.randn(2, 192, 1)                                       # a constant per position is no range
     assert (shifted.amax(-1) - shifted.amin(-1)).T.numpy() == pytest.approx(ranges, abs=1e-4)
+
+
+def test_lead_bounds_are_what_the_later_stages_take(poe: GPT) -> None:
+    rows = torch.randint(300, (6, 33), generator=torch.Generator().manual_seed(0))
+    found, prefixes = calibrate(poe, [rows]), naive_prefixes(poe, rows)
+    losses = []
+    for means in prefixes[:-1]:
+        top = means.argmax(-1)
+
+        def lead(scores: torch.Tensor, top: torch.Tensor = top) -> torch.Tensor:      # of `top` over all others
+            others = scores.scatter(-1, top[:, None], -torch.inf)
+            return scores.gather(-1, top[:, None])[:, 0] - others.amax(-1)
+
+        losses.append((lead(means) - lead(prefixes[-1])).numpy())
+    needed = [max(l.max() for l in losses[k:]) for k in range(2)]                     # later never more than earlier
+    assert np.cumsum(found[LEAD_MAX][::-1])[::-1] == pytest.approx(needed, abs=1e-4)
+    first, last = (np.quantile(l, 0.99) for l in losses)
+    assert np.cumsum(found[LEAD_P99][::-1])[::-1] == pytest.approx([max(first, last), last], abs=1e-4)
+    assert sum(found[LEAD_P99]) < sum(found[LEAD_MAX]) < sum(found[MAX])
+    assert found["wand"]["lead"]["agreement"] == 1 > found["curves"]["lead"][0]["agreement"]
+    assert lead_bounds(np.array([1.0, 3.0, -2.0])).tolist() == [0.0, 3.0, 0.0]
+
+
+def test_a_lead_that_grows_lets_the_next_stage_decide() -> None:
+    """Bounds on what is lost say nothing about what is won: no look is put off. Bounds on ranges do put it off."""
+    first, second = torch.tensor([[0.1, 0.0]]), torch.tensor([[5.0, 0.0]])
+    for lead in (True, False):
+        rule = Wand([0.2, 0.5], lead)
+        rule.begin([0])
+        assert rule.looks(0, [0]) and rule.leave(0, first, [0]) == [False]
+        assert rule.looks(1, [0]) is lead
+    assert rule.leave(1, second * 2, [0]) == [True]
 
 
 def test_predicted_exits_are_those_of_generation(trained: tuple[GPT, Tokenizer], calibration: dict) -> None:

@@ -1,42 +1,54 @@
 """The record of an evaluated step, RUN/evaluation/step_00000200.json, with the same as Markdown beside it.
 
-`scripts.evaluate` writes it; exports and reports read it. Its keys: nanopoe.train.evaluate.evaluate. Under
-`calibration` scripts.calibrate adds what nanopoe.infer.calibrate.calibrate found; generate and chat read that.
+`scripts.evaluate` writes it; generation, exports and reports read it. Its keys: nanopoe.train.trajectory. What is under
+`calibration` scripts.calibrate may replace.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanopoe.checkpoint.files import replace_file
-from nanopoe.errors import CheckpointError, DataError
+from nanopoe.errors import CheckpointError, ConfigError, DataError
 
 
 def evaluation_path(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "evaluation" / f"step_{step:08d}.json"
 
 
-def save_evaluation(run_dir: str | Path, result: dict[str, Any], markdown: str) -> Path:
-    """Write the record of result["step"] and its Markdown, each atomically; returns the path of the JSON.
+def select_steps(text: str, there: Sequence[int], where: Path) -> list[int]:
+    """"all", or steps and ranges as in "100,300-500" -> those of `there`, ascending.
 
-    The calibration of an older record stays if that was of the same config.
+    ConfigError for other text, CheckpointError for a step that is not there or a range without any.
     """
+    if text == "all":
+        return sorted(there)
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not all(n.isascii() and n.isdecimal() for n in ([first, last] if dash else [first])):
+            raise ConfigError(f"{part!r} is no step", "--steps", "write it as all or 100,300-500")
+        found = [step for step in there if int(first) <= step <= int(last if dash else first)]
+        if not found:
+            raise CheckpointError(f"no step {part.strip()}", where,
+                                  f"steps there: {', '.join(map(str, there)) or 'none'}")
+        chosen.update(found)
+    return sorted(chosen)
+
+
+def save_evaluation(run_dir: str | Path, result: dict[str, Any], markdown: str) -> Path:
+    """Write the record of result["step"] and its Markdown, each atomically; returns the path of the JSON."""
     path = evaluation_path(run_dir, result["step"])
-    if "calibration" not in result:
-        with contextlib.suppress(DataError):               # no record, or one that is to be replaced because it is bad
-            old = read_evaluation(path)
-            if "calibration" in old and old.get("config_hash") == result.get("config_hash"):
-                result = {**result, "calibration": old["calibration"]}
     replace_file(path.with_suffix(".md"), markdown.encode())
     _write(path, result)
     return path
 
 
 def save_calibration(run_dir: str | Path, step: int, calibration: dict[str, Any]) -> Path:
-    """Add a calibration to the record of a step, which must be there; returns its path."""
+    """Put a calibration into the record of a step, which must be there; returns its path."""
     path = evaluation_path(run_dir, step)
     _write(path, {**read_evaluation(path), "calibration": calibration})
     return path
@@ -46,7 +58,7 @@ def read_calibration(run_dir: str | Path, step: int, config_hash: str) -> dict[s
     """The calibration of a step; CheckpointError when there is none, or it is of a run with another config."""
     path = evaluation_path(run_dir, step)
     record = read_evaluation(path) if path.exists() else {}
-    if "calibration" not in record or record.get("config_hash") != config_hash:
+    if not record.get("calibration") or record.get("config_hash") != config_hash:
         raise CheckpointError(f"step {step} is not calibrated", run_dir,
                               f"run scripts.calibrate {run_dir} --step {step}")
     return dict(record["calibration"])

@@ -213,9 +213,9 @@ class Decoder:
                 parts.append(self._attend(cache, span, 1, qk[part], v[part]))
                 at = part.stop
             y = torch.cat(parts)
-        x = w.out.added(x, y)
+        x = x + w.out(y)
         h = w.fc(rms(x)).relu_()
-        return w.proj.added(x, h.mul_(h))
+        return x + w.proj(h.mul_(h))
 
     def _attend(self, cache: LayerCache, span: Span, rows: int, qk: Tensor, v: Tensor) -> Tensor:
         """Attention of `rows` rows with the same positions: qk (rows*T, H+Hkv, D), v (rows*T, Hkv, D) ->

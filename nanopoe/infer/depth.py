@@ -63,10 +63,12 @@ class Wand:
     """Leave when the top-1 margin of the prefix exceeds the sum of the remaining bounds (SPEC 4).
 
     bounds[k] is a bound of max_v d - min_v d, d = L_{k+1} - L_k. Within the bounds the margin of the next prefix is
-    at most this margin plus the bound; where even that would not do, looking at the next stage is put off.
+    at most this margin plus the bound; where even that would not do, looking at the next stage is put off. With `lead`
+    the bounds say how much of a margin is lost, not how much is won (calibrate.lead_bounds): every stage is looked at.
     """
 
     bounds: Sequence[float]
+    lead: bool = False
     _reach: dict[int, float] = field(default_factory=dict, repr=False)     # row -> largest margin possible now
 
     @staticmethod
@@ -108,7 +110,7 @@ class Wand:
         best = total.topk(2, dim=-1).values / (k + 1)                      # a mean, so that bounds apply
         margins = (best[:, 0] - best[:, 1]).tolist()
         for row, margin in zip(rows, margins, strict=True):
-            self._reach[row] = margin + self.bounds[k]
+            self._reach[row] = math.inf if self.lead else margin + self.bounds[k]
         return [margin > self.remaining(k) for margin in margins]
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from nanopoe.infer.depth import DepthStats
+from nanopoe import dist
+from nanopoe.infer.calibrate import LEAD_MAX, LEAD_P99, MAX, P99
+from nanopoe.infer.depth import DepthStats, Routed, Wand
 from nanopoe.infer.engine import Engine, Mode
 from nanopoe.infer.speculative import Speculative, SpeculativeStats, ideal_speedup
 
@@ -36,34 +40,56 @@ def decode_speed(engine: Engine, prompt: Sequence[int], tokens: int, repeats: in
             "bound_tokens_per_s": rate / read, "of_bound": tokens / best * read / rate}
 
 
-def compare(engine: Engine, mode: Mode, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-            repeats: int = 1) -> dict[str, Any]:
-    """A mode against plain greedy decoding of the full pool, prompt by prompt in turns.
+def in_turns(ours: Callable[[], list[int]], theirs: Callable[[], list[int]], rounds: int = 5) -> dict[str, Any]:
+    """Two ways to the same tokens, alternating after a first time each: tokens_per_s and their_tokens_per_s (medians),
+    ratio of the medians, and whether the tokens were equal."""
+    a, b = ours(), theirs()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for work, taken in zip((ours, theirs), times, strict=True):
+            taken.append(_seconds(work))
+    mine, other = (statistics.median(taken) for taken in times)
+    return {"tokens_per_s": len(a) / mine, "their_tokens_per_s": len(b) / other, "ratio": other / mine, "equal": a == b}
 
-    The statistics of the mode, and: measured_speedup, of the sums of each prompt's best times; predicted_speedup, by
+
+def calibrated_modes(calibration: dict[str, Any]) -> dict[str, Mode]:
+    """Every mode with its calibrated figures, by the name it has in a record."""
+    threshold = calibration["routing"]["threshold"]
+    return {"speculative": Speculative(), "speculative_auto": Speculative(None),
+            "wand_max": Wand(calibration[MAX]), "wand_p99": Wand(calibration[P99]),
+            "wand_lead": Wand(calibration[LEAD_MAX], lead=True),
+            "wand_lead_p99": Wand(calibration[LEAD_P99], lead=True),
+            "routed": Routed(float("inf") if threshold is None else threshold)}
+
+
+def compare(engine: Engine, modes: Mapping[str, Mode], prompts: Sequence[Sequence[int]], max_new_tokens: int,
+            repeats: int = 1) -> dict[str, dict[str, Any]]:
+    """Modes against plain greedy decoding of the full pool, all in turns on one prompt after the other.
+
+    Of each mode its statistics, and: measured_speedup, of the sums of each prompt's best times; predicted_speedup, by
     weights read: of adaptive depth from its exits, of speculation (mean + 1) / (m c + 1); agreement, the share of
     tokens that are those of plain decoding, `equal` the number of answers that are so as a whole; tokens_per_s.
     """
-    counts: dict[str, Any] = {}
-    plain_s = mode_s = 0.0
-    same = tokens = equal = 0
+    plain, totals = _Total(), {name: _Total() for name in modes}
     for i, prompt in enumerate(prompts):
-        plain, ours = _Timed(engine, prompt, max_new_tokens, None), _Timed(engine, prompt, max_new_tokens, mode)
+        ways = [_Timed(engine, prompt, max_new_tokens, mode) for mode in (None, *modes.values())]
         for _ in range(repeats + (i == 0)):                         # the first of all warms up
-            plain.run()
-            ours.run()
-        plain_s, mode_s = plain_s + plain.best, mode_s + ours.best
-        tokens += len(ours.answer)
-        same += sum(a == b for a, b in zip(plain.answer, ours.answer, strict=True))
-        equal += plain.answer == ours.answer
-        for name, value in vars(ours.stats).items():
-            old = counts.get(name)
-            counts[name] = value if old is None else \
-                [a + b for a, b in zip(old, value, strict=True)] if isinstance(value, list) else old + value
-    stats = SpeculativeStats(**counts) if isinstance(mode, Speculative) else DepthStats(**counts)
-    return {**stats.as_dict(), "prompts": len(prompts), "equal": equal, "agreement": same / max(tokens, 1),
-            "predicted_speedup": predicted_speedup(engine, mode, stats), "measured_speedup": plain_s / mode_s,
-            "tokens_per_s": tokens / mode_s, "plain_tokens_per_s": tokens / plain_s}
+            for way in ways:
+                dist.mark("measure")
+                way.run()
+        for total, way in zip((plain, *totals.values()), ways, strict=True):
+            total.add(way, ways[0].answer)
+    found = {}
+    for name, mode in modes.items():
+        total, kind = totals[name], SpeculativeStats if isinstance(mode, Speculative) else DepthStats
+        stats = kind(**total.counts)
+        found[name] = {
+            **stats.as_dict(), "prompts": len(prompts), "equal": total.equal,
+            "agreement": total.same / max(total.tokens, 1),
+            "predicted_speedup": predicted_speedup(engine, mode, stats),
+            "measured_speedup": plain.seconds / total.seconds,
+            "tokens_per_s": total.tokens / total.seconds, "plain_tokens_per_s": plain.tokens / plain.seconds}
+    return found
 
 
 def predicted_speedup(engine: Engine, mode: Mode, stats: SpeculativeStats | DepthStats) -> float:
@@ -74,6 +100,27 @@ def predicted_speedup(engine: Engine, mode: Mode, stats: SpeculativeStats | Dept
         return ideal_speedup(stats.mean_accepted, stats.drafted / max(stats.rounds, 1), w.share(mode.prefix))
     cost = sum(n * w.share(k + 1) for k, n in enumerate(stats.exits))
     return stats.tokens / cost if cost else 1.0
+
+
+@dataclass
+class _Total:
+    """Sums over prompts; `same` and `equal` against plain decoding."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    same: int = 0
+    equal: int = 0
+    counts: dict[str, Any] = field(default_factory=dict)             # of the statistics
+
+    def add(self, way: _Timed, plain: list[int]) -> None:
+        self.seconds += way.best
+        self.tokens += len(way.answer)
+        self.same += sum(a == b for a, b in zip(way.answer, plain, strict=True))
+        self.equal += way.answer == plain
+        for name, value in vars(way.stats).items() if way.stats else ():
+            old = self.counts.get(name)
+            self.counts[name] = value if old is None else \
+                [a + b for a, b in zip(old, value, strict=True)] if isinstance(value, list) else old + value
 
 
 class _Timed:

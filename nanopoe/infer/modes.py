@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanopoe.errors import ConfigError
-from nanopoe.infer.calibrate import MAX, P99
+from nanopoe.infer.calibrate import LEAD_MAX, LEAD_P99, MAX, P99
 from nanopoe.infer.depth import Routed, Wand
 from nanopoe.infer.engine import Engine, Mode
 from nanopoe.infer.sampling import Sampling
@@ -16,6 +16,8 @@ from nanopoe.infer.speculative import Speculative
 from nanopoe.infer.views import Composition
 from nanopoe.infer.weights import Weights
 from nanopoe.model.pool import View
+
+BOUNDS = {"lead": LEAD_MAX, "lead_p99": LEAD_P99, "max": MAX, "p99": P99}
 
 MODES = """modes:
   full                 the pool of all stages
@@ -29,8 +31,10 @@ MODES = """modes:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--mode and what goes with it, and how tokens are drawn."""
     parser.add_argument("--mode", default="full", help="see below [full]")
-    parser.add_argument("--bounds", choices=("max", "p99"), default="max",
-                        help="wand: of all calibration tokens, or of 99 %% of them, which is no guarantee [max]")
+    parser.add_argument("--bounds", choices=tuple(BOUNDS), default="lead",
+                        help="wand: what the lead of a token lost in calibration (lead) or the range of all changes "
+                             "(max), of all calibration tokens; or of 99 %% of them (lead_p99, p99), sooner and less "
+                             "sure [lead]")
     parser.add_argument("--drafts", default="4", metavar="M", help="speculative: tokens a round, or 'auto' [4]")
     parser.add_argument("--drafter", type=int, default=1, metavar="N", help="speculative: the first N stages draft [1]")
     parser.add_argument("--threshold", type=float, help="routed: confidence of stage 0 (default: the calibrated one)")
@@ -62,7 +66,7 @@ def choose(weights: Weights, args: argparse.Namespace, calibration: Callable[[],
         view = Composition.parse(args.mode.removeprefix("compose:"))
     elif args.mode == "wand":
         Wand.check_request(weights.config, sampling_of(args), args.alpha)
-        mode = Wand(_bounds(args, calibration))
+        mode = Wand(_bounds(args, calibration), lead=args.bounds.startswith("lead"))
     elif args.mode == "routed":
         Routed.check_request(weights.config, sampling_of(args), args.alpha)
         mode = Routed(_threshold(args, calibration))
@@ -81,7 +85,7 @@ def choose(weights: Weights, args: argparse.Namespace, calibration: Callable[[],
 
 
 def _bounds(args: argparse.Namespace, calibration: Callable[[], dict[str, Any]]) -> list[float]:
-    found = calibration().get(P99 if args.bounds == "p99" else MAX)
+    found = calibration().get(BOUNDS[args.bounds])
     if not isinstance(found, list) or not all(isinstance(b, float) for b in found):
         raise ConfigError(f"the calibration has no {args.bounds} bounds", "--mode wand", "run scripts.calibrate again")
     return found

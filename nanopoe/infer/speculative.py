@@ -6,8 +6,9 @@ one chunk. Greedy output is that of the full model; sampled output has its distr
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def ideal_speedup(mean_accepted: float, drafts: float, share: float) -> float:
 
 @dataclass(frozen=True)
 class Speculative:
-    """The first `prefix` stages draft `drafts` tokens a round, or, if None, as many as have lately been accepted."""
+    """The first `prefix` stages draft `drafts` tokens a round, or, if None, as long as it pays (Pace)."""
 
     drafts: int | None = 4
     prefix: int = 1
@@ -65,24 +66,63 @@ class Speculative:
         if self.drafts is not None and not 1 <= self.drafts <= MOST_DRAFTS:
             raise ConfigError(f"drafts must be 1 to {MOST_DRAFTS}, got {self.drafts}", where)
 
-    def first(self) -> int:
-        return self.drafts or 4
-
-    def next(self, drafts: int, drafted: int, accepted: int) -> int:
-        """Drafts of a row's next round; one more when all were accepted, else about as many as were."""
-        if self.drafts is not None or drafted == 0:
-            return drafts
-        return min(drafts + 1, MOST_DRAFTS) if accepted == drafted else max(1, (drafts + accepted) // 2)
-
 
 @dataclass
 class Draft:
-    """A row's round: drafted tokens, the sums of the drafter's experts at each, and (sampling) their distributions."""
+    """A row's round of `most` drafts or fewer: tokens, the sums of the drafter's experts at each, and (sampling) their
+    distributions; for Pace the drafter's lead before each and the chance that all up to it are accepted."""
 
-    wanted: int
-    tokens: list[int]
-    totals: list[Tensor]         # wanted + 1 of (V,): sum of the drafter's z_k before each draft and behind the last
-    probs: list[Tensor]
+    most: int
+    tokens: list[int] = field(default_factory=list)
+    totals: list[Tensor] = field(default_factory=list)   # one more (V,): sum of z_k before each draft, behind the last
+    probs: list[Tensor] = field(default_factory=list)
+    leads: list[float] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+
+
+LEADS = (0.1, 0.2, 0.4, 0.8, 1.6)                        # nats; edges of the classes
+BELIEF = (0.6, 0.75, 0.88, 0.96, 0.99, 0.998)            # accepted in each class before any round: seen on small models
+BELIEF_WEIGHT = 8.0                                      # drafts that it counts as
+
+
+class Pace:
+    """When a row's drafter stops: before the draft that would cost more than it brings.
+
+    A draft costs `share` of a token of the full model and brings a token if it and all before it are accepted. The
+    chance of that is learned from the row's own rounds, by the drafter's lead (top-1 margin in nats) before the draft:
+    where it hesitates, it is corrected. Drafting goes on while the chance of one more, for its cost, is above the
+    tokens expected of the round so far for theirs. It looks at distributions, never at what was drawn from them, so a
+    sampled text keeps its distribution. Of our own making; the literature stops at a fixed confidence.
+    """
+
+    def __init__(self, mode: Speculative, share: float):
+        self.fixed, self.share = mode.drafts, share
+        self.seen = [BELIEF_WEIGHT] * len(BELIEF)
+        self.kept = [BELIEF_WEIGHT * p for p in BELIEF]
+
+    @property
+    def most(self) -> int:
+        return self.fixed or MOST_DRAFTS
+
+    def goes_on(self, draft: Draft, lead: float) -> bool:
+        """Whether to draft one more token; notes what it expects of it."""
+        n = len(draft.tokens)
+        if n == draft.most or self.fixed:
+            return n < draft.most
+        kind = bisect_right(LEADS, lead)
+        chance = (draft.chances[-1] if n else 1.0) * self.kept[kind] / self.seen[kind]
+        if chance * (1 + n * self.share) < self.share * (1 + sum(draft.chances)):
+            return False
+        draft.leads.append(lead)
+        draft.chances.append(chance)
+        return True
+
+    def learn(self, draft: Draft, accepted: int) -> None:
+        """The first so many drafts were accepted; the one after them was not, and those behind it say nothing."""
+        for i, lead in enumerate(draft.leads[:accepted + 1]):
+            kind = bisect_right(LEADS, lead)
+            self.seen[kind] += 1
+            self.kept[kind] += i < accepted
 
 
 def speculate(decoder: Decoder, batch: Batch, mode: Speculative, gain: float,
@@ -90,12 +130,12 @@ def speculate(decoder: Decoder, batch: Batch, mode: Speculative, gain: float,
     """Write all rows to their end, in rounds of drafts; every row at its own pace. `gain` is K^alpha of the pool."""
     w, n = decoder.weights, mode.prefix
     feed = {row: list(text) for row, text in enumerate(batch.texts)}
-    sizes = {row: mode.first() for row in feed}
+    paces = {row: Pace(mode, w.share(n)) for row in feed}
     while batch.live:
         rows = list(batch.live)
-        drafts = {row: Draft(min(sizes[row], batch.left[row] - 1), [], [], []) for row in rows}
-        _draft(decoder, batch, n, feed, drafts, gain)
-        counts = [drafts[row].wanted + 1 for row in rows]
+        drafts = {row: Draft(min(paces[row].most, batch.left[row] - 1)) for row in rows}
+        _draft(decoder, batch, n, feed, drafts, paces, gain)
+        counts = [len(drafts[row].totals) for row in rows]
         states = [decoder.run(k, rows).last(counts) for k in range(n, w.n_stages)]
         partial = torch.stack([total for row in rows for total in drafts[row].totals])
         total = sum(w.logits(range(n, w.n_stages), states), partial)
@@ -105,11 +145,11 @@ def speculate(decoder: Decoder, batch: Batch, mode: Speculative, gain: float,
             draft = drafts[row]
             stats.rounds += 1
             stats.accepted += accepted
-            stats.drafted += draft.wanted
-            sizes[row] = mode.next(sizes[row], draft.wanted, accepted)
+            stats.drafted += len(draft.tokens)
+            paces[row].learn(draft, accepted)
             feed[row] = [token]
-            if accepted < draft.wanted:
-                decoder.cut(row, len(decoder.tokens[row]) - (draft.wanted - accepted))
+            if accepted < len(draft.tokens):
+                decoder.cut(row, len(decoder.tokens[row]) - (len(draft.tokens) - accepted))
             for i, new in enumerate([*draft.tokens[:accepted], token]):
                 emitted = batch.push(row, new, n - 1 if i < accepted else w.n_stages - 1)
                 if emitted is None:
@@ -118,30 +158,32 @@ def speculate(decoder: Decoder, batch: Batch, mode: Speculative, gain: float,
 
 
 def _draft(decoder: Decoder, batch: Batch, n: int, feed: dict[int, list[int]], drafts: dict[int, Draft],
-           gain: float) -> None:
+           paces: dict[int, Pace], gain: float) -> None:
     """Fill `drafts`: stages 0..n-1 run over what is to be fed, then over each draft, the last one included."""
-    w = decoder.weights
-    for i in range(max(d.wanted for d in drafts.values()) + 1):
-        rows = [row for row, d in drafts.items() if d.wanted >= i]
+    w, rows = decoder.weights, list(drafts)
+    while rows:
         decoder.feed({row: drafts[row].tokens[-1:] or feed[row] for row in rows})
         states = [last_states(decoder.run(k, rows), len(rows)) for k in range(n)]
         logits = w.logits(range(n), states)
         total = sum(logits[1:], logits[0])
         for row, part in zip(rows, total, strict=True):
             drafts[row].totals.append(part)
-        going = [j for j, row in enumerate(rows) if drafts[row].wanted > i]
-        if not going:
-            return
+        best = total.topk(2, dim=-1)
+        leads = ((best.values[:, 0] - best.values[:, 1]) / n).tolist()
+        going = [j for j, row in enumerate(rows) if paces[row].goes_on(drafts[row], leads[j])]
         if len(going) < len(rows):
-            rows, total = [rows[j] for j in going], total[torch.tensor(going, device=total.device)]
+            rows, at = [rows[j] for j in going], torch.tensor(going, dtype=torch.int64, device=total.device)
+            total, best_tokens = total[at], best.indices[at, 0]
+        else:
+            best_tokens = best.indices[:, 0]
         if batch.sampling.plain:
-            for row, token in zip(rows, total.argmax(-1).tolist(), strict=True):
+            for row, token in zip(rows, best_tokens.tolist(), strict=True):
                 drafts[row].tokens.append(token)
-            continue
-        probs = _distributions(batch, total * (gain / n), [[*batch.texts[row], *drafts[row].tokens] for row in rows])
-        for row, q in zip(rows, probs, strict=True):
-            drafts[row].tokens.append(_pick(batch, row, q))
-            drafts[row].probs.append(q)
+        elif rows:
+            texts = [[*batch.texts[row], *drafts[row].tokens] for row in rows]
+            for row, q in zip(rows, _distributions(batch, total * (gain / n), texts), strict=True):
+                drafts[row].tokens.append(_pick(batch, row, q))
+                drafts[row].probs.append(q)
 
 
 def _distributions(batch: Batch, scores: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -160,7 +202,7 @@ def _pick(batch: Batch, row: int, probs: Tensor) -> int:
 def _verify_plain(scores: Tensor, rows: Sequence[int], drafts: dict[int, Draft]) -> Iterator[tuple[int, int]]:
     """Greedy: (accepted, next token) of each row, drafts kept as long as they are what the pool says.
 
-    `scores` (sum of wanted + 1, V): of each row the pool before each of its drafts and behind the last.
+    `scores` (sum of drafts + 1, V): of each row the pool before each of its drafts and behind the last.
     """
     best, at = scores.argmax(-1).tolist(), 0
     for row in rows:
@@ -172,8 +214,8 @@ def _verify_plain(scores: Tensor, rows: Sequence[int], drafts: dict[int, Draft])
 
 def _verify(batch: Batch, scores: Tensor, rows: Sequence[int], drafts: dict[int, Draft]) -> Iterator[tuple[int, int]]:
     """The same for a penalty and for sampling."""
-    texts = [[*batch.texts[row], *drafts[row].tokens[:i]] for row in rows for i in range(drafts[row].wanted + 1)]
-    parts = _distributions(batch, scores, texts).split([drafts[row].wanted + 1 for row in rows])
+    texts = [[*batch.texts[row], *drafts[row].tokens[:i]] for row in rows for i in range(len(drafts[row].totals))]
+    parts = _distributions(batch, scores, texts).split([len(drafts[row].totals) for row in rows])
     for row, probs in zip(rows, parts, strict=True):
         draft = drafts[row]
         generator = None if batch.sampling.greedy else batch.generators[row]
@@ -183,7 +225,7 @@ def _verify(batch: Batch, scores: Tensor, rows: Sequence[int], drafts: dict[int,
                 yield i, other
                 break
         else:
-            yield draft.wanted, _pick(batch, row, probs[-1])
+            yield len(draft.tokens), _pick(batch, row, probs[-1])
 
 
 def accept(p: Tensor, q: Tensor, token: int, generator: torch.Generator | None) -> tuple[bool, int]:

@@ -15,48 +15,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanopoe.config.layout import VE_GATE_CHANNELS
+from nanopoe.config.layout import VE_GATE_CHANNELS, layout_of
+from nanopoe.config.schema import ModelConfig
 from nanopoe.model.gpt import GPT, QK_SCALE, SOFTCAP, Attention, Block, norm
 
-PACK_FROM = 3            # rows from which oneDNN's packed product is faster than the matrix-vector product of MKL
+PACK_FROM = 3            # rows from which oneDNN's packed product is the fastest
 
 
 class Matrix:
-    """A weight (O, I) of a linear map, laid out for one token at a time: contiguous along its longer side.
+    """A weight (O, I) of a linear map, laid out for few vectors: what counts is how fast it is read.
 
-    So laid out, a CPU streams the weights of a product with one vector at 2 to 4 times the speed. `pack` adds a copy
-    for chunks of a few tokens, which then cost about what one token costs; without it five cost two to three times
-    that. Both are the same sums in another order.
+    MKL's matrix-vector product runs on one thread, and slowly along the shorter side. So on a CPU, in fp32, a tall
+    matrix is stored as one part (I, O/S) for each of S threads, and a wide one packed by oneDNN if there are threads to
+    share it. `pack` adds a packed copy of the tall ones for chunks of a few tokens, which then cost about what one
+    token costs; without it five cost two to three times that. All are the same sums in another order.
     """
 
     def __init__(self, weight: Tensor):
         self.out_features, self.in_features = weight.shape
-        if weight.device.type == "cpu" and self.out_features > self.in_features:
-            weight = weight.t().contiguous().t()
-        self.weight = weight
+        self.nbytes = weight.nbytes
+        self.weight: Tensor | None = weight
+        self.parts: Tensor | None = None
         self.packed: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return
+        threads = torch.get_num_threads()
+        if self.out_features > self.in_features:
+            shares = max(s for s in range(1, threads + 1) if self.out_features % s == 0)
+            self.parts = weight.unflatten(0, (shares, -1)).transpose(1, 2).contiguous()      # (S, I, O/S)
+            self.weight = None
+        elif threads > 1 and _can_pack():
+            self.packed, self.weight = _packed(weight), None
 
     def pack(self) -> None:
         """On a CPU with oneDNN, in fp32; else nothing."""
-        w = self.weight
-        if self.packed is None and w.device.type == "cpu" and w.dtype == torch.float32 and _can_pack():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), None)
+        if self.parts is not None and self.packed is None and _can_pack():
+            self.packed = _packed(self.parts.transpose(1, 2).flatten(0, 1))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, I) -> (N, O)."""
-        if self.packed is not None and x.size(0) >= PACK_FROM:
+        if self.packed is not None and (self.parts is None or x.size(0) >= PACK_FROM):
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-        return F.linear(x, self.weight)
+        if self.parts is None:
+            assert self.weight is not None
+            return F.linear(x, self.weight)
+        y = torch.bmm(x.expand(self.parts.size(0), -1, -1), self.parts)                      # (S, N, O/S)
+        return y.view(1, -1) if x.size(0) == 1 else y.transpose(0, 1).reshape(x.size(0), -1)
 
-    def added(self, x: Tensor, y: Tensor) -> Tensor:
-        """x (N, O) + the map of y (N, I)."""
-        if self.packed is not None and x.size(0) >= PACK_FROM:
-            return x + self(y)
-        return torch.addmm(x, y, self.weight.t())
+
+def _packed(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
 
 def _can_pack() -> bool:
@@ -148,7 +156,7 @@ class Weights:
         return head(norm(x)).float().mul_(2 / SOFTCAP).sigmoid_().mul_(2 * SOFTCAP)
 
     def pack(self) -> None:
-        """Prepare for chunks of a few tokens, at the price of a second copy of the matrices (Matrix.pack)."""
+        """Prepare for chunks of a few tokens, at the price of a second copy of the tall matrices (Matrix.pack)."""
         for matrix in {id(m): m for layer in self.layers for m in layer.matrices}.values():
             matrix.pack()
         for head in self.heads:
@@ -164,4 +172,18 @@ class Weights:
 
     def share(self, depth: int) -> float:
         """Cost of a token of the first `depth` stages, with all their heads, relative to the whole model."""
-        return self.bytes_read(depth) / self.bytes_read(self.n_stages)
+        return cost_share(self.config, depth)
+
+
+def cost_share(config: ModelConfig, depth: int) -> float:
+    """What a token costs that runs the first `depth` stages and all their heads, relative to the whole model: by the
+    elements of the matrices it reads, a shared head once. Gates are too small to count."""
+    layout = layout_of(config)
+    d, kv = config.n_embd, config.n_kv_head * layout.head_dim
+    layer = 2 * d * d + 2 * d * kv + 2 * d * layout.intermediate
+
+    def cost(stages: int) -> int:
+        heads = stages if layout.stage_heads else 1
+        return (layout.boundaries[stages - 1] + 1) * layer + heads * config.vocab_size * d
+
+    return cost(depth) / cost(layout.n_stages)

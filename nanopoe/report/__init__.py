@@ -1,1 +1,1 @@
-"""What a run or several look like afterwards: tables (tables.py) and plots (plots.py) of what runs.py reads."""
+"""What a run or several look like afterwards: runs.py reads, document.py says in which order, write.py writes it."""

@@ -1,15 +1,21 @@
-"""The story a run left in its folder: metrics.jsonl, the evaluations, and the phases of its schedule. No torch."""
+"""The story a run left in its folder: metrics.jsonl, the evaluated steps, and the phases of its schedule. No torch."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, ValidationError
+
 from nanopoe.checkpoint.evaluation import read_evaluation
 from nanopoe.config.schema import Experiment, ScheduleConfig
-from nanopoe.errors import DataError
+from nanopoe.errors import ConfigError, DataError
+from nanopoe.report.record import Part, Record, first_problem, record_of
 
 
 @dataclass(frozen=True)
@@ -22,27 +28,47 @@ class Phase:
     end: int
 
 
+class Source(Part):
+    """How a source of the mixture came out: its share of the tokens, and how often it was gone through."""
+
+    share: float
+    epochs: float
+
+
 @dataclass(frozen=True)
 class RunStory:
     """What can be read of a run, named as its folder.
 
-    `evaluation` is the newest full one, else that of the last eval line, else null.
+    `train` are lines of metrics.jsonl, `evals` the evaluations in it, `records` the trajectory, by step, `sources` the
+    last word on the mixture. Without `experiment`, `unknown` says why, and there are no phases.
     """
 
     name: str
-    path: Path
     train: list[dict[str, Any]]
-    evals: list[dict[str, Any]]
-    evaluation: dict[str, Any] | None
+    evals: list[Record]
+    records: list[Record]
     phases: list[Phase]
+    experiment: Experiment | None = None
+    unknown: str | None = None
+    sources: dict[str, Source] = field(default_factory=dict)
 
     @property
     def n_stages(self) -> int:
         """Stages with a loss of their own; 1 for BP."""
-        return max((len(line.get("stage_loss") or [0]) for line in self.train), default=1)
+        return max([1, *(len(line.get("stage_loss") or []) for line in self.train),
+                    *(record.n_stages for record in self.records)])
+
+    @property
+    def newest(self) -> Record | None:
+        return self.records[-1] if self.records else None
+
+    @cached_property
+    def tokens(self) -> dict[int, int]:
+        """Step -> tokens trained on until then, of the steps that say it."""
+        return {line["step"]: line["tokens"] for line in self.train if line.get("tokens") is not None}
 
 
-def load_run(path: str | Path, experiment: Experiment | None = None) -> RunStory:
+def load_run(path: str | Path, experiment: Experiment | None = None, unknown: str | None = None) -> RunStory:
     """Read RUN/metrics.jsonl and RUN/evaluation/step_*.json; `experiment` gives the phases.
 
     DataError when the folder holds neither, or a file is not what it should be. A torn last line of the metrics,
@@ -50,18 +76,91 @@ def load_run(path: str | Path, experiment: Experiment | None = None) -> RunStory
     """
     path = Path(path)
     lines = read_metrics(path / "metrics.jsonl")
-    evals = [line for line in lines if line.get("kind") == "eval"]
-    files = sorted((path / "evaluation").glob("step_*.json"))
-    if not lines and not files:
+    evals = [Record.model_validate(line) for line in lines if line.get("kind") == "eval"]
+    records = read_records(path / "evaluation")
+    if not lines and not records:
         raise DataError("neither metrics.jsonl nor evaluation/step_*.json here", path, "give the folder of a run")
     return RunStory(
         name=path.resolve().name,
-        path=path,
         train=[line for line in lines if line.get("kind") == "train"],
         evals=evals,
-        evaluation=read_evaluation(files[-1]) if files else (evals[-1] if evals else None),
+        records=trajectory(records, evals),
         phases=phases_of(experiment.schedule) if experiment else [],
+        experiment=experiment,
+        unknown=unknown,
+        sources=next((_Data.model_validate(line).sources for line in reversed(lines)
+                      if line.get("kind") == "event" and line.get("event") == "data"), {}),
     )
+
+
+def trajectory(records: Sequence[Record], evals: Sequence[Record]) -> list[Record]:
+    """All evaluated steps, ascending. A record goes before the evaluation that training made at the same step; those
+    of training join only where they read the bytes that the newest record read, for others do not compare."""
+    last = records[-1] if records else None
+    known = {e.step: e for e in evals if last is None or (e.bytes, e.tokens) == (last.bytes, last.tokens)}
+    known |= {r.step: r for r in records}
+    return [known[step] for step in sorted(known)]
+
+
+# -- a choice of steps --------------------------------------------------------------------------------------------
+
+def parse_steps(text: str) -> list[range]:
+    """"100,200-600" -> the step 100 and those from 200 to 600. ConfigError for anything else."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise ConfigError(f"expected steps such as 100,200-600, got {text[:60]!r}", "--steps")
+        found.append(range(first, last + 1))
+    return found
+
+
+def choose(runs: Sequence[RunStory], wanted: Sequence[range]) -> list[RunStory]:
+    """The runs with only the wanted evaluated steps. ConfigError for a wish that no run fulfils."""
+    there = sorted({record.step for run in runs for record in run.records})
+    for steps in wanted:
+        if not any(step in steps for step in there):
+            name = f"step {steps[0]} was" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]} were"
+            some = ", ".join(map(str, there[-12:]))
+            raise ConfigError(f"{name} not evaluated", "--steps",
+                              f"evaluated: {'.. ' if len(there) > 12 else ''}{some}" if some else
+                              "run scripts.evaluate first")
+    return [replace(run, records=[r for r in run.records if any(r.step in steps for steps in wanted)])
+            for run in runs]
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+def read_records(folder: Path) -> list[Record]:
+    """Every step_*.json, by step. DataError for one that is damaged or of another step than its name says."""
+    records = []
+    for path in sorted(folder.glob("step_*.json")):
+        record = record_of(read_evaluation(path), path)
+        if path.stem != f"step_{record.step:08d}":
+            raise DataError(f"is of step {record.step}", path, "it was renamed; remove it")
+        records.append(record)
+    return sorted(records, key=lambda record: record.step)
+
+
+class _Train(Part):
+    """What is drawn of a train line."""
+
+    step: int
+    tokens: int | None = None
+    loss: float | None = None
+    stage_loss: list[float | None] | None = None
+    pool_loss: float | None = None
+    lr_scale: float | None = None
+
+
+class _Data(Part):
+    """What is told of a data event."""
+
+    sources: dict[str, Source] = Field(default_factory=dict)
+
+
+FORMS: dict[tuple[Any, Any], type[Part]] = {("train", None): _Train, ("eval", None): Record, ("event", "data"): _Data}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -74,10 +173,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             line = None
         if not isinstance(line, dict):
             raise DataError(f"line {number} is not a JSON object", path, "restore or delete that line")
+        form = FORMS.get((line.get("kind"), line.get("event")))
+        if form is not None:
+            try:
+                form.model_validate(line)
+            except ValidationError as error:
+                raise DataError(f"line {number}: {first_problem(error)}", path,
+                                "restore or delete that line") from error
         lines.append(line)
     return lines
 

@@ -1,6 +1,7 @@
 """Evaluations as tables, on a terminal (rich) and in Markdown: one of a model, one that compares runs (SPEC 7).
 
-Both media show the same cells: `evaluation_rows` and `comparison_rows` make them, the rest only draws.
+Both media show the same cells: `evaluation_rows` and `comparison_rows` make them, the rest only draws. The rows of a
+trajectory are in trajectory.py.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-Rows = list[list[str]]
-
+from nanopoe.report.cells import MODE_NAMES, Rows, gap, number, percent, times
+from nanopoe.report.record import Calibration, MeasuredDrafts, Modes
 
 # -- the cells ----------------------------------------------------------------------------------------------------
 
 def evaluation_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
     """Head and rows (view, bits per byte, against full, accuracy) of one evaluation."""
     bpb, accuracy = result["bpb"], result["accuracy"]
-    rows = [["full pool" if bpb.get("stages") else "full", _bpb(bpb["full"]), "", _percent(accuracy["full"])]]
+    rows = [["full pool" if bpb.get("stages") else "full", number(bpb["full"], 6), "", percent(accuracy["full"])]]
     for kind, name in (("stages", "stage"), ("prefixes", "prefix")):
         for k, value in enumerate(bpb.get(kind) or []):
             label = f"{name} {k if name == 'stage' else k + 1}"
-            rows.append([label, _bpb(value), _signed(value - bpb["full"]), _percent(accuracy[kind][k])])
+            rows.append([label, number(value, 6), number(value - bpb["full"], 6, "+"), percent(accuracy[kind][k])])
     return ["view", "bits per byte", "against full", "accuracy"], rows
 
 
@@ -32,16 +33,42 @@ def summary_rows(result: Mapping[str, Any]) -> Rows:
     """What else an evaluation says, as (name, value)."""
     rows = []
     if result.get("crossover_gap") is not None:
-        rows.append(["crossover gap", f"{_signed(result['crossover_gap'])} bits per byte (full - last stage)"])
+        rows.append(["crossover gap", f"{number(result['crossover_gap'], 6, '+')} bits per byte (full - last stage)"])
     if result.get("diversity") is not None:
         d = result["diversity"]
         rows.append(["diversity of the stages",
                      f"{d['bits_per_byte']:.6f} bits per byte, {d['nats_per_token']:.6f} nats per token"])
     if result["bpb"].get("renormalise_false") is not None:
-        rows.append(["without renormalisation", f"{_bpb(result['bpb']['renormalise_false'])} bits per byte"])
+        rows.append(["without renormalisation", f"{number(result['bpb']['renormalise_false'], 6)} bits per byte"])
     for alpha, value in (result["bpb"].get("alpha") or {}).items():
-        rows.append([f"alpha {alpha}", f"{_bpb(value)} bits per byte"])
+        rows.append([f"alpha {alpha}", f"{number(value, 6)} bits per byte"])
+    if result.get("calibration") is not None:
+        rows += _calibration_rows(Calibration.model_validate(result["calibration"]))
+    if result.get("modes") is not None:
+        rows += _mode_rows(Modes.model_validate(result["modes"]))
     rows.append(["read", f"{result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['seconds']:.1f} s"])
+    return rows
+
+
+def _calibration_rows(found: Calibration) -> Rows:
+    rows: Rows = []
+    for kind, (bounds, wand) in found.kinds.items():
+        name = MODE_NAMES[f"wand_{kind}"]
+        rows.append([f"{name}, bounds", "  ".join(number(b, 4) for b in bounds)])
+        rows.append([name, f"predicted {times(wand.predicted_speedup)}, agreement "
+                     f"{percent(wand.agreement)}, exits {' '.join(f'{100 * e:.1f}' for e in wand.exits)} %"])
+    r = found.routing
+    rows.append(["routing", f"projected {times(r.projected_speedup)}, {percent(r.routed)} routed at {r.mode} "
+                            f"{r.cap:g}, agreement {percent(r.agreement)}"])
+    return rows
+
+
+def _mode_rows(modes: Modes) -> Rows:
+    rows: Rows = []
+    for name, mode in modes.ran.items():
+        accepted = f"{percent(mode.acceptance)} of drafts accepted, " if isinstance(mode, MeasuredDrafts) else ""
+        rows.append([f"{MODE_NAMES[name]}, ran", f"measured {times(mode.measured_speedup)}, predicted "
+                     f"{times(mode.predicted_speedup)}, {accepted}{mode.equal} of {mode.prompts} texts equal"])
     return rows
 
 
@@ -61,10 +88,10 @@ def comparison_rows(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str]
         bpb = result["bpb"]
         own, own_prefixes = bpb.get("stages") or [], bpb.get("prefixes") or []
         rows.append([
-            name, _bpb(bpb["full"]), _gap(result, baseline),
-            *(_bpb(own[k]) if k < len(own) else "-" for k in range(stages)),
-            *(_bpb(own_prefixes[n - 1]) if n < len(own_prefixes) else "-" for n in prefixes),
-            _percent(result["accuracy"]["full"]),
+            name, number(bpb["full"], 6), _gap(result, baseline),
+            *(number(own[k], 6) if k < len(own) else "-" for k in range(stages)),
+            *(number(own_prefixes[n - 1], 6) if n < len(own_prefixes) else "-" for n in prefixes),
+            percent(result["accuracy"]["full"]),
             f"{result['diversity']['bits_per_byte']:.6f}" if result.get("diversity") else "-",
         ])
     return head, rows
@@ -77,7 +104,7 @@ def _gap(result: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str:
         return "baseline"
     if result["bytes"] != baseline["bytes"]:
         return "other data"
-    return f"{100 * (result['bpb']['full'] / baseline['bpb']['full'] - 1):+.2f} %"
+    return gap(result["bpb"]["full"], baseline["bpb"]["full"])
 
 
 # -- on a terminal ------------------------------------------------------------------------------------------------
@@ -122,33 +149,15 @@ def evaluation_markdown(result: Mapping[str, Any], title: str = "Evaluation") ->
     return "\n\n".join(parts) + "\n"
 
 
-def comparison_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Several evaluations as a Markdown section."""
-    note = "Bits per byte, less is better. The gap is that of the full pool to the run trained end to end (BP)."
-    return f"# Comparison\n\n{note}\n\n{markdown_table(*comparison_rows(results))}\n"
-
-
 def markdown_table(head: Sequence[str], rows: Rows, numbers: bool = True) -> str:
     """A Markdown table; the columns after the first are right-aligned if `numbers`."""
     align = ["---"] + ["---:" if numbers else "---"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(_cell(c) for c in row) + " |" for row in [list(head), align, *rows])
+    return "\n".join("| " + " | ".join(escaped(c) for c in row) + " |" for row in [list(head), align, *rows])
 
 
-MARKUP = str.maketrans({**{mark: f"\\{mark}" for mark in "\\|`*_[]"}, "<": "&lt;", ">": "&gt;"})
+MARKUP = str.maketrans({**{mark: f"\\{mark}" for mark in "\\|`*_[]~$"}, "<": "&lt;", ">": "&gt;", "&": "&amp;"})
 
 
-def _cell(text: str) -> str:
+def escaped(text: str) -> str:
     """Any text, also a model's, in a table: one line, nothing that ends a cell or is read as markup."""
     return " ".join(text.split()).translate(MARKUP)
-
-
-def _bpb(value: float) -> str:
-    return f"{value:.6f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.6f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"

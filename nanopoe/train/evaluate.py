@@ -1,4 +1,4 @@
-"""Evaluation of a model on held-out rows: bits per byte and accuracy of every view, and the probes (SPEC 7).
+"""Evaluation of a model on held-out rows: bits per byte and accuracy of every view (SPEC 7).
 
 One forward pass gives everything. Rows are read in chunks, stage by stage, with a running sum of log-probabilities,
 so a few (chunk, V) tensors are live, never (B*T, V) and never (K, chunk, V). Sums are fp64; with several ranks each
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,32 +18,18 @@ import torch
 from torch import Tensor
 
 from nanopoe import dist
-from nanopoe.config import config_hash
 from nanopoe.errors import DataError, NumericsError, everywhere
-from nanopoe.infer.engine import Engine
 from nanopoe.model import GPT
 from nanopoe.model.loss import IGNORE, split_rows
-from nanopoe.model.pool import View
-from nanopoe.tokenizer import Tokenizer
-from nanopoe.train.build import validation
-from nanopoe.train.restore import load_trained
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-PROBES = (
-    "The capital of France is",
-    "The chemical symbol of gold is",
-    "If yesterday was Friday, then tomorrow will be",
-    "The opposite of hot is",
-    "The planets of the solar system are:",
-    "My favorite color is",
-    "If 5*x + 3 = 13, then x is",
-)
 
 
 @torch.no_grad()
 def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Tensor, *,
              alphas: Sequence[float] = ALPHAS, chunk_rows: int = 1024,
-             stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+             stop: Callable[[], bool] = lambda: False,
+             observe: Callable[[list[Tensor], Tensor], None] | None = None) -> dict[str, Any]:
     """Bits per byte and top-1 accuracy of the full pool, every stage and every prefix (SPEC 7), as a JSON-able dict.
 
     `batches` yields this rank's integer rows (b, T+1), ~id where an entry is no target; `token_bytes` (V,) holds the
@@ -59,7 +44,8 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
 
     A model trained without stage losses (BP) has only `full`; the rest is null. DataError when there is nothing to
     evaluate or the tokenizer does not fit the model, NumericsError when a sum is not finite: on every rank alike.
-    A rank whose `stop` becomes true reads no further batch; the result is empty then, on every rank.
+    A rank whose `stop` becomes true reads no further batch; the result is empty then, on every rank. `observe` is
+    shown the boundary states K x (b, T, D) and targets (b, T) of every batch: more may be wanted of the one pass.
     """
     began = time.perf_counter()
     device = next(model.parameters()).device
@@ -74,8 +60,10 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
             sums["stopped"] += 1
             break
         ids, targets = split_rows(rows.to(device, torch.int64))
-        states = [x.flatten(0, 1) for x in model.boundary_states(ids)]              # K x (b*T, D)
-        targets = targets.flatten()
+        boundary = model.boundary_states(ids)                                       # K x (b, T, D)
+        if observe is not None:
+            observe(boundary, targets)
+        states, targets = [x.flatten(0, 1) for x in boundary], targets.flatten()
         for start in range(0, targets.numel(), chunk_rows):
             part = slice(start, start + chunk_rows)
             _add_chunk(sums, model, [x[part] for x in states], targets[part], sizes, alphas)
@@ -172,40 +160,3 @@ def _result(sums: dict[str, Tensor], model: GPT, alphas: Sequence[float], second
         "tokens": int(s["tokens"][0]), "targets": int(targets), "bytes": int(s["bytes"][0]),
         "seconds": seconds,
     }
-
-
-def evaluate_checkpoint(run_dir: str | Path, step: int | None, tokens: int | None, world: dist.World) -> dict[str, Any]:
-    """Evaluate a checkpoint of a run, the newest by default, on `tokens` of its validation split; with the probes.
-
-    `tokens` null means the experiment's evaluation.tokens. The result is `evaluate`'s plus run, step, config_hash and
-    probes, the same on every rank. Collective.
-    """
-    model, tokenizer, checkpoint = load_trained(run_dir, step, world)
-    experiment = checkpoint.experiment
-    with dist.agree(world.device):
-        batches = validation(experiment, tokenizer, world, tokens)
-    result = evaluate(model, batches, tokenizer.token_bytes)
-    answers: list[dict[str, Any]] = []
-    with dist.agree(world.device):
-        if world.is_main:                                          # greedy: more ranks would say the same
-            answers = probes(model, tokenizer)
-    return {"run": experiment.name, "step": checkpoint.step, "config_hash": config_hash(experiment), **result,
-            "probes": dist.gather_json(answers, world.device)[0]}
-
-
-def probes(model: GPT, tokenizer: Tokenizer, *, views: Sequence[View] | None = None, max_new_tokens: int = 24,
-           prompts: Sequence[str] = PROBES) -> list[dict[str, Any]]:
-    """Greedy continuations of the seven probes (SPEC 7), BOS first, by each view; null: full and every stage.
-
-    Returns [{"prompt": str, "answers": {"full": str, "stage:0": str, ..}}]; an answer ends early at a new document.
-    """
-    if views is None:
-        poe = model.config.poe_mode != "none"
-        views = [View(), *(View("stage", k) for k in range(model.layout.n_stages if poe else 0))]
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    rows: list[dict[str, Any]] = [{"prompt": prompt, "answers": {}} for prompt in prompts]
-    for view in views:
-        answers = Engine(model, view).generate(ids, max_new_tokens=max_new_tokens, stop={tokenizer.bos_id})
-        for row, answer in zip(rows, answers, strict=True):
-            row["answers"][str(view)] = tokenizer.decode(answer)
-    return rows

@@ -18,6 +18,7 @@ from nanopoe.model import GPT
 from nanopoe.optim import DistMuonAdamW
 from nanopoe.optim.kernels import second_moment_shape
 from nanopoe.tokenizer import Tokenizer
+from nanopoe.train.compute import keep_freed_memory
 
 
 def find_checkpoint(experiment: Experiment, world: World, warnings: list[str]) -> Checkpoint | None:
@@ -109,6 +110,7 @@ def stored(checkpoint: Checkpoint, key: str, kind: type) -> Any:
 
 def load_trained(run_dir: str | Path, step: int | None, world: World) -> tuple[GPT, Tokenizer, Checkpoint]:
     """A trained model with its tokenizer, to evaluate, generate or export; fp32 arithmetic. Collective."""
+    keep_freed_memory()
     checkpoint = open_verified(run_dir, step, world)
     with dist.agree(world.device):
         tokenizer = open_tokenizer(run_dir, checkpoint)
