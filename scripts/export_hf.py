@@ -12,7 +12,8 @@ EXAMPLES = """examples:
   python -m scripts.export_hf out/poe_1p3b --step 5000 --out hub/poe-1p3b --overwrite
   python -m scripts.export_hf out/quickstart --out hub/exact --dtype float32         the weights as they are
 
-The card shows the scores of RUN/evaluation/step_NNNNNNNN.json where scripts.evaluate has written it."""
+The card shows the scores of RUN/evaluation/step_NNNNNNNN.json where scripts.evaluate has written it; the model's
+generate_wand and generate_routed read what was calibrated there."""
 
 
 @entrypoint

@@ -1,4 +1,4 @@
-"""Generate from an exported Hugging Face repo with transformers alone: the full pool, then the first stage."""
+"""Generate from an exported Hugging Face repo with transformers alone: by the full model and in every mode it has."""
 
 from __future__ import annotations
 
@@ -51,17 +51,31 @@ def main() -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    views: dict[str, dict[str, int]] = {"full model": {}}
-    if getattr(model.config, "poe_mode", "none") != "none":
-        views["stage 0 alone"] = {"stage": 0}
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     for prompt in args.prompt or ["The "]:
         ids = tokenizer("<|bos|>" + prompt, return_tensors="pt")
-        for name, view in views.items():
+        for name, method, options in ways(model, greedy=args.temperature == 0):
             torch.manual_seed(0)
-            out = model.generate(**ids, max_new_tokens=args.tokens, **sampling, **view)
-            answer = tokenizer.decode(out[0, ids["input_ids"].size(1):])
-            console.print(Text.assemble(f"\n[{name}] ", (prompt, "bold"), (answer, "cyan")), soft_wrap=True)
+            out = getattr(model, method)(**ids, max_new_tokens=args.tokens, return_dict_in_generate=True, **sampling,
+                                         **options)
+            answer = tokenizer.decode(out.sequences[0, ids["input_ids"].size(1):])
+            figures = "".join(f", {key.replace('_', ' ')} {value:.2f}" for key, value in (out.get("statistics") or {})
+                              .items() if key in ("mean_depth", "mean_accepted"))
+            console.print(Text.assemble(f"\n[{name}{figures}] ", (prompt, "bold"), (answer, "cyan")), soft_wrap=True)
+
+
+def ways(model: Any, greedy: bool) -> list[tuple[str, str, dict[str, Any]]]:
+    """(name, method of the model, its options) of every way to generate that the export has values for."""
+    config = model.config
+    found: list[tuple[str, str, dict[str, Any]]] = [("full model", "generate", {})]
+    if config.poe_mode == "none":
+        return found
+    found.append(("stage 0 alone", "generate", {"stage": 0}))
+    if len(config.stage_boundaries) > 1:
+        found.append(("speculative", "generate_speculative", {}))
+    if greedy and config.poe_wand_lead_max_bounds is not None:
+        found += [("adaptive depth", "generate_wand", {}), ("routed", "generate_routed", {})]
+    return found
 
 
 if __name__ == "__main__":

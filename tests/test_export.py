@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,9 +30,11 @@ import nanopoe.export.repo as repo_module
 from nanopoe.config.schema import ModelConfig
 from nanopoe.errors import CheckpointError, ConfigError, DataError, StorageError
 from nanopoe.export import export
+from nanopoe.export.card import card
 from nanopoe.export.hub_tokenizer import merge_pairs
 from nanopoe.export.names import from_hub, hub_names, hub_shapes, to_hub
 from nanopoe.export.repo import plan_shards, shard_bytes
+from nanopoe.infer.calibrate import LEAD_MAX, LEAD_P99, MAX, P99
 from nanopoe.model import GPT
 from nanopoe.model.pool import aggregate
 from nanopoe.tokenizer import SPECIALS, Tokenizer
@@ -333,7 +336,8 @@ def test_bfloat16_is_the_default_and_half_the_size(exports: Exports, tmp_path: P
 def test_shards_and_what_is_in_the_folder(exports: Exports, tmp_path: Path, tokenizer: Tokenizer) -> None:
     ours, theirs, out = exports("heads")
     files = {"config.json", "generation_config.json", "configuration_nanopoe.py", "modeling_nanopoe.py",
-             "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md", "LICENSE"}
+             "decoding_nanopoe.py", "modes_nanopoe.py", "generation_nanopoe.py", "tokenizer.json",
+             "tokenizer_config.json", "chat_template.jinja", "README.md", "LICENSE"}
     assert {path.name for path in out.iterdir()} == files | {"model.safetensors"}
     cut = export(ours.config, ours.state_dict(), tokenizer, tmp_path / "cut", step=7, name="heads", dtype="float32",
                  max_shard_size="200KB")
@@ -365,13 +369,19 @@ def test_configuration_is_explicit_and_the_code_stands_alone(exports: Exports) -
     assert "backout_block" not in config
     assert json.loads((exports("bp")[2] / "config.json").read_text())["backout_block"] == 2
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
+    relative: dict[str, set[str]] = {}
     for path in out.glob("*.py"):
         assert path.read_bytes() == (repo_module.TEMPLATES / path.name).read_bytes()
+        relative[path.stem] = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 assert {alias.name.split(".")[0] for alias in node.names} <= allowed
-            elif isinstance(node, ast.ImportFrom) and not node.level:
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                relative[path.stem].add(str(node.module))
+            elif isinstance(node, ast.ImportFrom):
                 assert node.module and node.module.split(".")[0] in allowed
+    assert relative.pop("modeling_nanopoe") == set(relative)     # transformers 4 copies what this file imports, no more
+    assert relative["configuration_nanopoe"] == set()            # and of a configuration that is loaded alone, nothing
     assert (out / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     pretrained = type(exports("heads")[1])           # vLLM would drop the head's weights without a word
     assert not pretrained._keys_to_ignore_on_load_unexpected
@@ -548,7 +558,7 @@ def test_views_that_do_not_exist_are_refused(exports: Exports) -> None:
     _, poe, _ = exports("heads")
     ids = some_ids(1, 5)
     for view in ({"stage": 0}, {"prefix": 1}):
-        with pytest.raises(ValueError, match="no stages"):
+        with pytest.raises(ValueError, match="only full is valid"):
             bp.generate(ids, max_new_tokens=2, **view)
     for view, message in (({"stage": 3}, "stages 0 to 2"), ({"stage": -1}, "stages 0 to 2"),
                           ({"prefix": 0}, "1 to 3 stages"), ({"prefix": 4}, "1 to 3 stages"),
@@ -674,14 +684,29 @@ def test_chat_template(tokenizer: Tokenizer, hub_tokenizer: Any) -> None:
 
 SCORES = {"bpb": {"full": 1.25, "stages": [1.5, 1.375, 1.3125], "prefixes": [1.5, 1.40625, 1.25]},
           "accuracy": {"full": 0.5, "stages": [0.25, 0.375, 0.4375], "prefixes": [0.25, 0.3125, 0.5]}, "tokens": 4096}
+EXITS = {"exits": [0.25, 0.25, 0.5], "mean_depth": 2.25, "agreement": 1.0, "predicted_speedup": 1.25}
+CALIBRATION = {
+    "tokens": 2048, P99: [2.5, 1.25], MAX: [4.0, 2.0], LEAD_P99: [0.5, 0.25], LEAD_MAX: [1.0, 0.75],
+    "wand": {"p99": EXITS, "max": EXITS, "lead_p99": EXITS, "lead": EXITS},
+    "routing": {"mode": "target_regression", "cap": 0.02, "threshold": 0.625, "routed": 0.75, "share": 0.5,
+                "projected_speedup": 1.6, "agreement": 0.875, "regression": 0.01, "regression_held_out": 0.01}}
+SPEED = {"prompts": 7, "equal": 7, "agreement": 0.985, "predicted_speedup": 1.5, "measured_speedup": 1.375,
+         "tokens_per_s": 30.0, "plain_tokens_per_s": 20.0}
+DEPTH = {**SPEED, "tokens": 420, "exits": [100, 100, 220], "mean_depth": 2.2857}
+MODES = {"prompts": 7, "tokens": 60, "threads": 2, "device": "cpu", "wand_max": DEPTH, "wand_p99": DEPTH,
+         "routed": {**DEPTH, "measured_speedup": None},
+         "speculative": {**SPEED, "drafts": 4, "prefix": 1, "rounds": 100, "accepted": 320, "drafted": 380,
+                         "acceptance": 0.842, "mean_accepted": 3.2}}
 
 
 @pytest.mark.parametrize("kind", ["bp", "heads"])
 def test_card(exports: Exports, tmp_path: Path, tokenizer: Tokenizer, kind: str,
               monkeypatch: pytest.MonkeyPatch) -> None:
     ours, *_ = exports(kind)
-    scores = SCORES if kind == "heads" else {**SCORES, "bpb": {"full": 1.25, "stages": None, "prefixes": None},
-                                             "accuracy": {"full": 0.5, "stages": None, "prefixes": None}}
+    scores = {**SCORES, "calibration": CALIBRATION, "modes": MODES}
+    if kind == "bp":
+        scores = {"bpb": {"full": 1.25, "stages": None, "prefixes": None}, "calibration": None, "modes": None,
+                  "accuracy": {"full": 0.5, "stages": None, "prefixes": None}}
     out = export(ours.config, ours.state_dict(), tokenizer, tmp_path / "card", step=1234, name="my-run",
                  evaluation=scores)
     text = (out / "README.md").read_text()
@@ -696,12 +721,34 @@ def test_card(exports: Exports, tmp_path: Path, tokenizer: Tokenizer, kind: str,
     assert ("| 0 | 0 to 1 | shared head and its own |" in body) == (kind == "heads")
     assert "## Evaluation" not in (exports(kind)[2] / "README.md").read_text()   # control: none given, none shown
     snippets = re.findall(r"```python\n(.*?)```", body, flags=re.S)
-    assert len(snippets) == (3 if kind == "heads" else 2)
+    assert len(snippets) == (7 if kind == "heads" else 2)
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), scope)
     assert scope["output"].shape[1] > scope["inputs"]["input_ids"].shape[1]
+
+
+def test_card_has_the_tables_of_the_modes() -> None:
+    m = config_of("heads")
+
+    def text(record: dict[str, Any], config: ModelConfig = m) -> str:
+        return card(config, name="x", step=1, repo="x", dtype="float32", parameters=1, evaluation=record)
+
+    full = text({**SCORES, "calibration": CALIBRATION, "modes": MODES})
+    for line in ("| 0 to 1 | 2.5000 | 4.0000 | 0.5000 | 1.0000 |", "| 1 to 2 | 1.2500 | 2.0000 | 0.2500 | 0.7500 |",
+                 "threshold 0.6250, 75.0% of the",
+                 "| speculative | 3.20 of 3.8 drafts kept a round (84.2%) | 98.5% | 1.50x | 1.38x |",
+                 "| adaptive depth, p99 | 2.29 of 3 stages a token | 98.5% | 1.50x | 1.38x |",
+                 "| routing | 2.29 of 3 stages a token | 98.5% | 1.50x |  |", "generate_wand", "generate_routed"):
+        assert line in full
+    calibrated = text({"calibration": {**CALIBRATION, "routing": {**CALIBRATION["routing"], "threshold": None}}})
+    assert "no confidence stays under it" in calibrated and "## Modes" not in calibrated
+    bare, bp = text({}), text({}, config_of("bp"))               # control: what was not measured is not shown
+    assert "generate_speculative" in bare
+    assert not re.search("generate_wand|generate_routed|## (Modes|Calibration)", bare)
+    assert not re.search("generate_(wand|routed|speculative)|weights=", bp)
+    assert "generate_speculative" not in text({}, config_of("shared").model_copy(update={"poe_every": 4}))
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------
@@ -777,9 +824,10 @@ def test_only_an_earlier_export_is_overwritten(exports: Exports, tmp_path: Path,
 def test_script_exports_a_checkpoint(exports: Exports, tmp_path: Path, tokenizer: Tokenizer,
                                      monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from nanopoe.checkpoint import Target, save_checkpoint
-    from nanopoe.config import load_experiment
+    from nanopoe.config import config_hash, load_experiment
     from nanopoe.dist import World
     from scripts.export_hf import main
+    from scripts.try_export import main as try_main
 
     ours, *_ = exports("heads")
     run, world = tmp_path / "run", World(0, 1, torch.device("cpu"))
@@ -790,7 +838,8 @@ def test_script_exports_a_checkpoint(exports: Exports, tmp_path: Path, tokenizer
         save_checkpoint(Target(experiment, world, {"tokenizer": tokenizer.digest}), state, [], {"step": step})
     tokenizer.save(run / "tokenizer")
     (run / "evaluation").mkdir()
-    (run / "evaluation" / "step_00000010.json").write_text(json.dumps(SCORES))
+    record = run / "evaluation" / "step_00000010.json"
+    record.write_text(json.dumps({**SCORES, "calibration": CALIBRATION, "config_hash": config_hash(experiment)}))
 
     def call(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["export_hf", str(run), *arguments])
@@ -798,6 +847,13 @@ def test_script_exports_a_checkpoint(exports: Exports, tmp_path: Path, tokenizer
             main()
         captured = capsys.readouterr()
         return int(stop.value.code or 0), captured.out + captured.err
+
+    def tried(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["try_export", str(tmp_path / "a"), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            try_main()
+        assert not stop.value.code
+        return capsys.readouterr().out
 
     assert call("--out", str(tmp_path / "a"), "--dtype", "float32") == (0, f"step 10 exported to {tmp_path / 'a'}\n")
     ids = some_ids(1, 30)
@@ -807,14 +863,27 @@ def test_script_exports_a_checkpoint(exports: Exports, tmp_path: Path, tokenizer
     assert "1.4062" in (tmp_path / "a" / "README.md").read_text()
     assert call("--out", str(tmp_path / "b"), "--step", "5")[0] == 0             # control: the other step
     assert "1.4062" not in (tmp_path / "b" / "README.md").read_text()
+    assert json.loads((tmp_path / "a" / "config.json").read_text())[MAX] == [4.0, 2.0]
+    assert MAX not in json.loads((tmp_path / "b" / "config.json").read_text())
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
+    said = tried("--tokens", "3")
+    for way in ("full model", "stage 0 alone", "speculative, mean acc", "adaptive depth, mean depth ", "routed, mean"):
+        assert f"\n[{way}" in said, said
+    said = tried("--tokens", "3", "--temperature", "0.5")            # control: those that draw
+    assert "[speculative" in said and "[adaptive" not in said and "[routed" not in said
     code, said = call("--out", str(tmp_path / "a"))
     assert code == 2 and said.startswith("error[config]") and said.count("\n") == 1
     assert call("--out", str(tmp_path / "a"), "--overwrite")[0] == 0
     assert call("--out", str(tmp_path / "c"), "--step", "6")[0] == 4
-    (run / "evaluation" / "step_00000010.json").write_text("{}")
+    for calibration, config, expected in (  # control first: not calibrated, and by an experiment of another config
+            (None, "x", 0), (CALIBRATION, "x", 4), ({**CALIBRATION, MAX: [1.0]}, config_hash(experiment), 3)):
+        record.write_text(json.dumps({**SCORES, "calibration": calibration, "config_hash": config}))
+        code, said = call("--out", str(tmp_path / "c"), "--overwrite")
+        assert code == expected and ("run scripts.calibrate" in said) == (code > 0)
+        shutil.rmtree(tmp_path / "c", ignore_errors=True)
+    record.write_text("{}")
     assert call("--out", str(tmp_path / "c"))[0] == 3
-    (run / "evaluation" / "step_00000010.json").unlink()
+    record.unlink()
     Tokenizer.train([path.read_text() for path in sorted((ROOT / "tests").glob("*.py"))], VOCAB).save(run / "tokenizer")
     code, said = call("--out", str(tmp_path / "c"))
     assert code == 4 and "another tokenizer" in said and not (tmp_path / "c").exists()

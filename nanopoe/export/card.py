@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanopoe.config.layout import Layout, layout_of
+from nanopoe.config.layout import layout_of
 from nanopoe.config.schema import ModelConfig
+from nanopoe.export.card_tables import bounds_table, modes_table, score_table, stage_table
 
 HEAD = """\
 ---
@@ -84,6 +85,60 @@ log_probabilities = model(**inputs, stage={last}).logits
 A cache belongs to the view that filled it. Engines that read only the trunk and `lm_head` do not see the pool.
 """
 
+MIXED = """
+A pool of chosen stages, here log p = (log p{first} + 3 log p{last}) / 4 but for its normalisation:
+
+```python
+mixed = model.generate(**inputs, max_new_tokens=24, weights={{{first}: 1.0, {last}: 3.0}})
+print(tokenizer.decode(mixed[0], skip_special_tokens=True))
+```
+"""
+
+SPECULATIVE = """
+### Self-speculation
+
+The first stage drafts, all stages verify what it wrote in one pass: the text of `generate`, sooner. With
+`do_sample=True` (and `temperature`, `top_k`, `top_p`, `seed`) tokens are drawn from the full model's distribution.
+
+```python
+found = model.generate_speculative(**inputs, max_new_tokens=24, drafts=4, return_dict_in_generate=True)
+print(tokenizer.decode(found.sequences[0], skip_special_tokens=True))
+print(found.statistics)  # rounds, accepted, drafted, acceptance, mean_accepted
+print(found.stages)  # the stage that decided each new token
+```
+"""
+
+WAND = """
+### Adaptive depth
+
+A token leaves at the first stage whose lead the later ones cannot undo: `bounds="lead"` is the most that they took of
+a leading token's margin on the calibration text, `bounds="max"` the range of all that they changed there. `"lead_p99"`
+and `"p99"` leave out one token in a hundred: sooner, and less sure. Where a later stage does more than that, the text
+may differ from that of `generate`.
+
+```python
+found = model.generate_wand(**inputs, max_new_tokens=24, bounds="lead", return_dict_in_generate=True)
+print(tokenizer.decode(found.sequences[0], skip_special_tokens=True))
+print(found.statistics)  # tokens, exits at each stage, mean_depth
+```
+
+### Routing
+
+Stage 0 answers where it is confident (`threshold`, here the calibrated one), the full model elsewhere; the text may
+differ from that of `generate`.
+
+```python
+found = model.generate_routed(**inputs, max_new_tokens=24, return_dict_in_generate=True)
+print(tokenizer.decode(found.sequences[0], skip_special_tokens=True), found.statistics)
+```
+"""
+
+EXACT = """
+All modes take batches with left padding, stop tokens and a `streamer` as `generate` does. What a token skips is caught
+up before anything reads it, so nothing is approximated; only the order of sums differs, which in bfloat16 can decide
+between two tokens that are all but equally probable.
+"""
+
 CHAT = """
 ## Chat template
 
@@ -95,8 +150,8 @@ on conversations. Special strings inside a message become special tokens: remove
 
 def card(m: ModelConfig, *, name: str, step: int, repo: str, dtype: str, parameters: int,
          evaluation: dict[str, Any] | None) -> str:
-    """Markdown of the card. `evaluation` is what nanopoe.train.evaluate returns; without it there are no scores."""
-    layout, poe = layout_of(m), m.poe_mode != "none"
+    """Markdown of the card. `evaluation` is the record of the step; what it does not hold is not in the card."""
+    layout, poe, record = layout_of(m), m.poe_mode != "none", evaluation or {}
     what = WHAT_BP if not poe else WHAT_POE.format(
         blocks=m.n_layer, stages=layout.n_stages, locality=LOCAL if m.poe_mode == "flat" else SUPERVISED)
     text = HEAD.format(tags="- product-of-experts\n" if poe else "", name=name, step=step, what=what,
@@ -104,33 +159,10 @@ def card(m: ModelConfig, *, name: str, step: int, repo: str, dtype: str, paramet
                        kv_heads=m.n_kv_head, vocab=m.vocab_size, context=m.sequence_len)
     if poe:
         text += stage_table(layout)
-    text += score_table(layout, evaluation) + USE.format(repo=repo)
+    text += score_table(layout, record) + bounds_table(record) + modes_table(layout, record) + USE.format(repo=repo)
     if poe:
         text += STAGES.format(last=layout.n_stages - 1, some=min(2, layout.n_stages), stages=layout.n_stages)
+    if poe and layout.n_stages > 1:
+        text += MIXED.format(first=0, last=layout.n_stages - 1) + SPECULATIVE
+        text += (WAND if record.get("calibration") else "") + EXACT
     return text + CHAT
-
-
-def stage_table(layout: Layout) -> str:
-    """The blocks of each stage."""
-    heads = "shared head and its own" if layout.stage_heads else "shared head"
-    rows = [f"| {k} | {layout.stage_layers(k)[0]} to {layout.stage_layers(k)[-1]} | {heads} |"
-            for k in range(layout.n_stages)]
-    return "\n".join(["", "## Stages", "", "| stage | blocks | predicts with |", "| --- | --- | --- |", *rows, ""])
-
-
-def score_table(layout: Layout, evaluation: dict[str, Any] | None) -> str:
-    """Bits per byte (lower is better) and top-1 accuracy of every view that was evaluated; "" without any."""
-    bpb, accuracy = (evaluation or {}).get("bpb"), (evaluation or {}).get("accuracy") or {}
-    if not evaluation or not bpb:
-        return ""
-    rows = [("all stages" if bpb.get("stages") else "model", bpb["full"], accuracy.get("full"))]
-    for kind, label in (("stages", "stage {}"), ("prefixes", "first {}")):
-        hits = accuracy.get(kind) or [None] * layout.n_stages
-        first = 0 if kind == "stages" else 1
-        rows += [(label.format(k + first), score, hit)
-                 for k, (score, hit) in enumerate(zip(bpb.get(kind) or [], hits, strict=False))]
-    lines = [f"| {label} | {score:.4f} | {'' if hit is None else f'{hit:.4f}'} |" for label, score, hit in rows]
-    held_out = f"Held-out text, {evaluation['tokens']:,} tokens. " if evaluation.get("tokens") else ""
-    note = held_out + "Weights and arithmetic in float32. Bits per byte: lower is better."
-    return "\n".join(["", "## Evaluation", "", note, "",
-                      "| prediction of | bits per byte | top-1 accuracy |", "| --- | --- | --- |", *lines, ""])

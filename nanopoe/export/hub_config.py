@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from nanopoe.config.layout import SMEAR_CHANNELS, VE_GATE_CHANNELS, layout_of
 from nanopoe.config.schema import ModelConfig
-from nanopoe.errors import ConfigError
+from nanopoe.errors import ConfigError, DataError
+from nanopoe.infer.calibrate import LEAD_MAX, LEAD_P99, MAX, P99
 from nanopoe.model.attention import ROPE_BASE
 from nanopoe.model.gpt import QK_SCALE, SOFTCAP
 
@@ -17,7 +19,8 @@ AUTO_MAP = {
 }
 
 
-def model_config(m: ModelConfig, special_ids: dict[str, int], dtype: str, name: str, step: int) -> dict[str, Any]:
+def model_config(m: ModelConfig, special_ids: dict[str, int], dtype: str, name: str, step: int,
+                 calibration: dict[str, Any] | None = None) -> dict[str, Any]:
     """The dict of config.json; the layout is written out, so that no reader has to derive it. No null values."""
     layout = layout_of(m)
     check_lookup(m)
@@ -61,7 +64,28 @@ def model_config(m: ModelConfig, special_ids: dict[str, int], dtype: str, name: 
         config["sliding_window"] = short[0] + 1                  # counts the token itself, our left window does not
     if m.poe_mode == "none":
         config["backout_block"] = m.n_layer // 2
-    return config
+    return config | (calibrated(calibration, layout.n_stages) if calibration else {})
+
+
+def calibrated(calibration: dict[str, Any], n_stages: int) -> dict[str, Any]:
+    """The keys of config.json that `generate_wand` and `generate_routed` read, of what scripts.calibrate found.
+
+    DataError for what it did not write. No threshold beside a mode: no confidence stayed under the cap.
+    """
+    try:
+        bounds = {name: [float(b) for b in calibration[name]] for name in (P99, MAX, LEAD_P99, LEAD_MAX)}
+        routing = calibration["routing"]
+        found = {"poe_routing_mode": str(routing["mode"]), "poe_routing_cap": float(routing["cap"])}
+        if routing["threshold"] is not None:
+            found["poe_routing_threshold"] = float(routing["threshold"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the calibration has no {error}" if isinstance(error, KeyError) else
+                        "the calibration cannot be read", "export", "run scripts.calibrate again") from error
+    if not all(len(part) == n_stages - 1 and all(math.isfinite(b) and b >= 0 for b in part)
+               for part in bounds.values()):
+        raise DataError(f"the calibration does not hold {n_stages - 1} bounds, finite and not negative", "export",
+                        "run scripts.calibrate again")
+    return {**bounds, **found}
 
 
 def generation_config(special_ids: dict[str, int]) -> dict[str, Any]:

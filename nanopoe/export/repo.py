@@ -36,12 +36,13 @@ def export(m: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, 
     """Write the repo of one checkpoint and return its folder.
 
     `tensors` are the model's, by our names (SPEC 1), on any device and of any float dtype; they are written in
-    `dtype`, the rows that pad the vocabulary cropped. `evaluation` is the dict of nanopoe.train.evaluate, for the card.
+    `dtype`, the rows that pad the vocabulary cropped. `evaluation` is the record of the step, for the card; what was
+    calibrated in it goes to config.json.
 
     Everything is written to a temporary folder beside `out_dir` and renamed at the end, so a failure leaves nothing.
     ConfigError when the tokenizer does not fit or `out_dir` is in use (`overwrite` replaces an earlier export and
-    nothing else), CheckpointError for wrong tensors, DataError for a tokenizer that cannot be converted,
-    StorageError when the disk refuses.
+    nothing else), CheckpointError for wrong tensors, DataError for a tokenizer that cannot be converted or a
+    calibration that is none, StorageError when the disk refuses.
     """
     out = Path(os.path.abspath(out_dir))
     _check_target(out, out_dir, overwrite)
@@ -52,7 +53,7 @@ def export(m: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, 
                           "use the tokenizer the model was trained with")
     limit = shard_bytes(max_shard_size)
     check_tensors(m, tensors)
-    config = model_config(m, tokenizer.special_ids, dtype, name, step)
+    config = model_config(m, tokenizer.special_ids, dtype, name, step, (evaluation or {}).get("calibration"))
     hub = hub_tokenizer(tokenizer)
     shapes = hub_shapes(m)
     shards = plan_shards({name: math.prod(shape) * DTYPES[dtype].itemsize for name, shape in shapes.items()}, limit)

@@ -20,6 +20,10 @@ class NanoPoEConfig(PretrainedConfig):
     `poe_mode` "none" is a model with one loss at its end: one stage, `backout_block` set, logits = capped logits.
     "flat" and "hier" have one expert per stage, and logits are the log-probabilities of their normalised
     log-opinion pool. `stage_heads` is the number of additive heads beside the shared `lm_head`, 0 or one per stage.
+
+    Of a checkpoint that was calibrated, what `generate_wand` and `generate_routed` read: the bounds of each transition
+    from a stage to the next, and the confidence from which stage 0 may answer, with the mode and the cap it was found
+    by. A mode without a threshold: no confidence stayed under the cap.
     """
 
     model_type = "nanopoe"
@@ -43,6 +47,13 @@ class NanoPoEConfig(PretrainedConfig):
         stage_boundaries: list[int] | None = None,
         stage_heads: int = 0,
         backout_block: int | None = None,
+        poe_wand_p99_bounds_per_stage_head: list[float] | None = None,
+        poe_wand_max_bounds_per_stage_head: list[float] | None = None,
+        poe_wand_lead_p99_bounds: list[float] | None = None,
+        poe_wand_lead_max_bounds: list[float] | None = None,
+        poe_routing_threshold: float | None = None,
+        poe_routing_mode: str | None = None,
+        poe_routing_cap: float | None = None,
         smear_channels: int = 24,
         value_gate_channels: int = 12,
         qk_scale: float = 1.2,
@@ -69,6 +80,13 @@ class NanoPoEConfig(PretrainedConfig):
         self.stage_boundaries = stage_boundaries or [blocks - 1]
         self.stage_heads = stage_heads
         self.backout_block = backout_block
+        self.poe_wand_p99_bounds_per_stage_head = poe_wand_p99_bounds_per_stage_head
+        self.poe_wand_max_bounds_per_stage_head = poe_wand_max_bounds_per_stage_head
+        self.poe_wand_lead_p99_bounds = poe_wand_lead_p99_bounds
+        self.poe_wand_lead_max_bounds = poe_wand_lead_max_bounds
+        self.poe_routing_threshold = poe_routing_threshold
+        self.poe_routing_mode = poe_routing_mode
+        self.poe_routing_cap = poe_routing_cap
         self.smear_channels = smear_channels
         self.value_gate_channels = value_gate_channels
         self.qk_scale = qk_scale

@@ -4,7 +4,9 @@
 
 A Product-of-Experts model predicts the next token at the end of every stage; its `logits` are the log-probabilities
 of the normalised log-opinion pool of these experts. `stage=k` asks for one expert, `prefix=n` for the pool of the
-first n; both work in `forward` and in `generate` and skip the blocks that are not needed.
+first n, `weights={k: w, ..}` for that of chosen ones, p ~ prod_k p_k^w with the weights divided by their sum. All work
+in `forward` and in `generate` and skip the blocks that are not needed. `generate_wand`, `generate_speculative` and
+`generate_routed` (generation_nanopoe.py) write with as many stages as a token needs.
 
 Layer 0 has no parameters: it looks up the previous token by attention, so that smear's memory of one token lives in
 whatever key/value cache is in use. Shape letters: B batch, T time, D width, H heads, V vocabulary, K stages.
@@ -30,6 +32,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_nanopoe import NanoPoEConfig
+from .decoding_nanopoe import norm  # transformers 4 copies what this very file imports, no more
+from .generation_nanopoe import NanoPoEModes
+from .modes_nanopoe import NO_STAGES
 
 LOOKUP_SHARPNESS = 160.0                 # peak score of the previous-token lookup is half of this
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
@@ -40,11 +45,6 @@ class NanoPoEModelOutput(BaseModelOutputWithPast):
     """`boundary_states`: the un-normed residual stream (B, T, D) at each stage boundary that was run."""
 
     boundary_states: tuple[Tensor, ...] | None = None
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMS norm without parameters over the last dimension."""
-    return F.rms_norm(x, (x.size(-1),))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -354,8 +354,9 @@ class NanoPoEModel(NanoPoEPreTrainedModel):
         return [b for b in boundaries if b < blocks] or [min(blocks - 1, boundaries[0])]
 
 
-class NanoPoEForCausalLM(NanoPoEPreTrainedModel, GenerationMixin):
-    """Next-token prediction by the whole model, by one stage (`stage=k`) or by the first n stages (`prefix=n`)."""
+class NanoPoEForCausalLM(NanoPoEPreTrainedModel, NanoPoEModes, GenerationMixin):
+    """Next-token prediction by the whole model, one stage (`stage=k`), the first n stages (`prefix=n`) or chosen ones
+    (`weights={k: w, ..}`)."""
 
     def __init__(self, config: NanoPoEConfig):
         super().__init__(config)
@@ -395,28 +396,29 @@ class NanoPoEForCausalLM(NanoPoEPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         stage: int | None = None,
         prefix: int | None = None,
+        weights: dict[int, float] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """ids (B, T) -> logits (B, T, V) fp32: log-probabilities of a pool or stage, capped logits without stages.
 
         A cache belongs to the view it was filled with: a view that runs deeper refuses it.
         """
-        experts = self._experts(stage, prefix)
+        experts = self._experts(stage, prefix, weights)
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            prefix=experts.stop, output_boundaries=True, **kwargs)
+            prefix=max(experts) + 1, output_boundaries=True, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep    # 0 keeps all
         states = [x[:, keep] for x in outputs.boundary_states]
         if self.config.poe_mode == "none":
             logits = self.stage_logits(states[0], 0)
         else:                                # fewer states than asked for happens in early-exit drafting only
-            chosen = list(enumerate(states))[experts.start:] or [(len(states) - 1, states[-1])]
+            chosen = {k: w for k, w in experts.items() if k < len(states)} or {len(states) - 1: 1.0}
             logits = torch.zeros((), device=states[0].device)
-            for k, x in chosen:
-                logits = logits + self.stage_logits(x, k).log_softmax(-1).to(logits.device)
+            for k, w in chosen.items():
+                logits = logits + w * self.stage_logits(states[k], k).log_softmax(-1).to(logits.device)
             if len(chosen) > 1:              # normalised geometric mean
-                logits = (logits / len(chosen)).log_softmax(-1)
+                logits = (logits / sum(chosen.values())).log_softmax(-1)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -424,24 +426,32 @@ class NanoPoEForCausalLM(NanoPoEPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
-    def _experts(self, stage: int | None, prefix: int | None) -> range:
-        """The stages whose experts are pooled. ValueError when there is no such view."""
+    def _experts(self, stage: int | None, prefix: int | None, weights: dict[int, float] | None) -> dict[int, float]:
+        """The weight of each stage whose expert is pooled. ValueError when there is no such view."""
         K = len(self.config.stage_boundaries)
-        if stage is None and prefix is None:
-            return range(K)
-        if self.config.poe_mode == "none":
-            raise ValueError("this model was trained with one loss at its end and has no stages: "
-                             "leave out `stage` and `prefix`")
-        if stage is not None and prefix is not None:
-            raise ValueError("`stage` and `prefix` exclude each other: give one of them")
+        given = [name for name, value in (("stage", stage), ("prefix", prefix), ("weights", weights))
+                 if value is not None]
+        if given and self.config.poe_mode == "none":
+            raise ValueError(f"{NO_STAGES}: leave out `{given[0]}`")
+        if len(given) > 1:
+            raise ValueError(f"`{given[0]}` and `{given[1]}` exclude each other: give one of them")
         if stage is not None:
-            if not 0 <= stage < K:
-                raise ValueError(f"stage {stage}: this model has the stages 0 to {K - 1}")
-            return range(stage, stage + 1)
-        assert prefix is not None
-        if not 1 <= prefix <= K:
-            raise ValueError(f"prefix {prefix}: this model has prefixes of 1 to {K} stages")
-        return range(prefix)
+            weights = {stage: 1.0}
+        elif prefix is not None:
+            if not 1 <= prefix <= K:
+                raise ValueError(f"prefix {prefix}: this model has prefixes of 1 to {K} stages")
+            weights = dict.fromkeys(range(prefix), 1.0)
+        elif weights is None:
+            weights = dict.fromkeys(range(K), 1.0)
+        for k, w in weights.items():
+            if k not in range(K):
+                raise ValueError(f"stage {k!r}: this model has the stages 0 to {K - 1}")
+            if not 0 < w < math.inf:
+                raise ValueError(f"weight {w} of stage {k}: weights must be above 0, leave out the others")
+        if not weights:
+            raise ValueError("`weights` names no stage")
+        # a lone expert needs no weight
+        return weights if len(weights) > 1 else dict.fromkeys(weights, 1.0)
 
 
 def _positions(input_ids: Tensor, attention_mask: Any, past_key_values: Cache | None) -> Tensor:
