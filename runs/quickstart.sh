@@ -35,7 +35,7 @@ say "6/6 generation with transformers alone"
 python -m scripts.try_export "$HUB" --prompt "def read(self, path):" --prompt "Return a list of" --temperature 0.8
 
 say "done"
-echo "curves      $RUN/report/curves.png"
+echo "report      $RUN/report/report.html"
 echo "evaluation  $(ls "$RUN"/evaluation/*.md | tail -n 1)"
 echo "metrics     $RUN/metrics.jsonl"
 echo "checkpoints $RUN/checkpoints"

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from nanopoe.checkpoint import list_steps, open_checkpoint
+from nanopoe.checkpoint.evaluation import parse_steps
 from nanopoe.errors import CheckpointError, ConfigError, StorageError, entrypoint
-from nanopoe.report.runs import RunStory, choose, load_run, parse_steps
+from nanopoe.report.runs import RunStory, choose, load_run
 from nanopoe.report.tables import comparison_table
 from nanopoe.report.write import write_report
 

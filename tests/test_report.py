@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from nanopoe.checkpoint.evaluation import parse_steps
 from nanopoe.config.schema import CycleConfig, ScheduleConfig
 from nanopoe.errors import ConfigError, DataError
 from nanopoe.report.cells import Table
 from nanopoe.report.compare import baseline_of, meeting_table, meetings
 from nanopoe.report.record import record_of
-from nanopoe.report.runs import Phase, choose, load_run, parse_steps, phases_of
+from nanopoe.report.runs import Phase, choose, load_run, phases_of
 from nanopoe.report.tables import (
     comparison_rows,
     comparison_table,

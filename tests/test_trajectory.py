@@ -240,7 +240,7 @@ def test_a_trajectory_goes_on_where_it_stopped(run: Path, evaluate: Command, mon
 
 def test_bad_requests_are_one_line(run: Path, evaluate: Command) -> None:
     refused(evaluate(run, "--steps", "5"), 4, "checkpoint", "no step 5.*steps there: 4, 8")
-    refused(evaluate(run, "--steps", "4,x"), 2, "config", "'x' is no step.*all or 100,300-500")
+    refused(evaluate(run, "--steps", "4,x"), 2, "config", "--steps.*expected steps such as 100,200-600")
     refused(evaluate(run, "--calibration-tokens", "0"), 2, "config", "--calibration-tokens")
     assert evaluate(run, "--steps", "all", "--step", "4").code == 2
     evaluation_path(run, 8).parent.mkdir(exist_ok=True)
@@ -254,9 +254,9 @@ def test_steps_are_chosen_by_number_and_range(text: str, steps: list[int]) -> No
     assert select_steps(text, [1, 5, 10, 20], Path("run")) == steps
 
 
-@pytest.mark.parametrize("text", ["", "a", "1-", "-3", "1--3", "١", "1,,5", "3.0"])
+@pytest.mark.parametrize("text", ["", "a", "1-", "-3", "1--3", "١", "1,,5", "3.0", "9" * 5000, "5-1"])
 def test_steps_are_digits(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no step"):
+    with pytest.raises(ConfigError, match="expected steps such as"):
         select_steps(text, [1, 5], Path("run"))
-    with pytest.raises(CheckpointError, match="no step 2-4"):
+    with pytest.raises(CheckpointError, match="no step from 2 to 4"):
         select_steps("2-4", [1, 5], Path("run"))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,31 @@ def evaluation_path(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "evaluation" / f"step_{step:08d}.json"
 
 
-def select_steps(text: str, there: Sequence[int], where: Path) -> list[int]:
-    """"all", or steps and ranges as in "100,300-500" -> those of `there`, ascending.
+def parse_steps(text: str) -> list[range]:
+    """"100,200-600" -> the step 100 and those from 200 to 600. ConfigError for anything else."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise ConfigError(f"expected steps such as 100,200-600, got {text[:60]!r}", "--steps")
+        found.append(range(first, last + 1))
+    return found
 
-    ConfigError for other text, CheckpointError for a step that is not there or a range without any.
+
+def select_steps(text: str, there: Sequence[int], where: Path) -> list[int]:
+    """"all", or steps and ranges as of parse_steps -> those of `there`, ascending.
+
+    CheckpointError for a step that is not there or a range without any.
     """
     if text == "all":
         return sorted(there)
-    chosen: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not all(n.isascii() and n.isdecimal() for n in ([first, last] if dash else [first])):
-            raise ConfigError(f"{part!r} is no step", "--steps", "write it as all or 100,300-500")
-        found = [step for step in there if int(first) <= step <= int(last if dash else first)]
-        if not found:
-            raise CheckpointError(f"no step {part.strip()}", where,
-                                  f"steps there: {', '.join(map(str, there)) or 'none'}")
-        chosen.update(found)
-    return sorted(chosen)
+    wanted = parse_steps(text)
+    for steps in wanted:
+        if not any(step in steps for step in there):
+            name = f"step {steps[0]}" if len(steps) == 1 else f"step from {steps[0]} to {steps[-1]}"
+            raise CheckpointError(f"no {name}", where, f"steps there: {', '.join(map(str, there)) or 'none'}")
+    return sorted(step for step in there if any(step in steps for steps in wanted))
 
 
 def save_evaluation(run_dir: str | Path, result: dict[str, Any], markdown: str) -> Path:

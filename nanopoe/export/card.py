@@ -101,7 +101,7 @@ The first stage drafts, all stages verify what it wrote in one pass: the text of
 `do_sample=True` (and `temperature`, `top_k`, `top_p`, `seed`) tokens are drawn from the full model's distribution.
 
 ```python
-found = model.generate_speculative(**inputs, max_new_tokens=24, drafts=4, return_dict_in_generate=True)
+found = model.generate_speculative(**inputs, max_new_tokens=24, drafts="auto", return_dict_in_generate=True)
 print(tokenizer.decode(found.sequences[0], skip_special_tokens=True))
 print(found.statistics)  # rounds, accepted, drafted, acceptance, mean_accepted
 print(found.stages)  # the stage that decided each new token

@@ -111,7 +111,6 @@ class Engine:
             raise ConfigError(f"a mode needs the whole pool, not {self.view}", type(mode).__name__.lower(),
                               "use the full view")
         mode.check(w.config, w.n_stages, sampling, self.alpha)
-        w.pack()                                                # every mode runs chunks of a few tokens
         if isinstance(mode, Speculative):
             stats, most = SpeculativeStats(), mode.drafts or MOST_DRAFTS
             decoder = self.decoder(len(prompts), capacity, rollback=most)

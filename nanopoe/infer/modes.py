@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="wand: what the lead of a token lost in calibration (lead) or the range of all changes "
                              "(max), of all calibration tokens; or of 99 %% of them (lead_p99, p99), sooner and less "
                              "sure [lead]")
-    parser.add_argument("--drafts", default="4", metavar="M", help="speculative: tokens a round, or 'auto' [4]")
+    parser.add_argument("--drafts", default="auto", metavar="M",
+                        help="speculative: tokens a round, or auto: as long as it pays [auto]")
     parser.add_argument("--drafter", type=int, default=1, metavar="N", help="speculative: the first N stages draft [1]")
     parser.add_argument("--threshold", type=float, help="routed: confidence of stage 0 (default: the calibrated one)")
     parser.add_argument("--alpha", type=float, default=0.0, help="pool K^alpha * mean_k l_k [0]")

@@ -82,7 +82,7 @@ class Draft:
 
 LEADS = (0.1, 0.2, 0.4, 0.8, 1.6)                        # nats; edges of the classes
 BELIEF = (0.6, 0.75, 0.88, 0.96, 0.99, 0.998)            # accepted in each class before any round: seen on small models
-BELIEF_WEIGHT = 8.0                                      # drafts that it counts as
+BELIEF_WEIGHT = 4.0                                      # drafts that it counts as
 
 
 class Pace:

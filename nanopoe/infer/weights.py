@@ -1,8 +1,8 @@
 """The weights that decoding reads, made once from a model: converted, fused and folded.
 
 Queries, keys, values and the gates of value embeddings are one matrix, so a token costs one product instead of four.
-Shared and stage head are added up once. What needs no change shares its memory with the model; what the engine copies
-does not follow later updates of the model.
+Shared and stage head are added up once. On a CPU every matrix is laid out anew, twice (Matrix), so let go of the model;
+elsewhere what needs no change shares its memory with it. What is copied does not follow later updates of the model.
 """
 
 from __future__ import annotations
@@ -19,52 +19,40 @@ from nanopoe.config.layout import VE_GATE_CHANNELS, layout_of
 from nanopoe.config.schema import ModelConfig
 from nanopoe.model.gpt import GPT, QK_SCALE, SOFTCAP, Attention, Block, norm
 
-PACK_FROM = 3            # rows from which oneDNN's packed product is the fastest
+PANEL = 16               # outputs side by side: the product with one vector reads weights at the speed of the memory
+PACKED_FROM = 3          # vectors from which oneDNN's packed product is faster
 
 
 class Matrix:
     """A weight (O, I) of a linear map, laid out for few vectors: what counts is how fast it is read.
 
-    MKL's matrix-vector product runs on one thread, and slowly along the shorter side. So on a CPU, in fp32, a tall
-    matrix is stored as one part (I, O/S) for each of S threads, and a wide one packed by oneDNN if there are threads to
-    share it. `pack` adds a packed copy of the tall ones for chunks of a few tokens, which then cost about what one
-    token costs; without it five cost two to three times that. All are the same sums in another order.
+    On a CPU, in fp32, that is twice: as panels (O/16, I, 16) for one or two vectors, a batched product that all threads
+    share, and packed by oneDNN for more, so that a chunk of a few tokens costs about what one token costs. The plain
+    matrix-vector product runs on one thread at a third to a half of the speed (runs/LOG.md). All are the same sums in
+    another order. Elsewhere the weight stays as it is and shares its memory with the model.
     """
 
     def __init__(self, weight: Tensor):
         self.out_features, self.in_features = weight.shape
         self.nbytes = weight.nbytes
         self.weight: Tensor | None = weight
-        self.parts: Tensor | None = None
+        self.panels: Tensor | None = None
         self.packed: Tensor | None = None
-        if weight.device.type != "cpu" or weight.dtype != torch.float32:
-            return
-        threads = torch.get_num_threads()
-        if self.out_features > self.in_features:
-            shares = max(s for s in range(1, threads + 1) if self.out_features % s == 0)
-            self.parts = weight.unflatten(0, (shares, -1)).transpose(1, 2).contiguous()      # (S, I, O/S)
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and _can_pack():
+            rows = F.pad(weight, (0, 0, 0, -self.out_features % PANEL))
+            self.panels = rows.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()        # (O/16, I, 16)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
             self.weight = None
-        elif threads > 1 and _can_pack():
-            self.packed, self.weight = _packed(weight), None
-
-    def pack(self) -> None:
-        """On a CPU with oneDNN, in fp32; else nothing."""
-        if self.parts is not None and self.packed is None and _can_pack():
-            self.packed = _packed(self.parts.transpose(1, 2).flatten(0, 1))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, I) -> (N, O)."""
-        if self.packed is not None and (self.parts is None or x.size(0) >= PACK_FROM):
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-        if self.parts is None:
-            assert self.weight is not None
+        if self.weight is not None:
             return F.linear(x, self.weight)
-        y = torch.bmm(x.expand(self.parts.size(0), -1, -1), self.parts)                      # (S, N, O/S)
-        return y.view(1, -1) if x.size(0) == 1 else y.transpose(0, 1).reshape(x.size(0), -1)
-
-
-def _packed(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        if x.size(0) >= PACKED_FROM:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        assert self.panels is not None
+        y = torch.bmm(x.expand(self.panels.size(0), -1, -1), self.panels)                    # (O/16, N, 16)
+        return y.transpose(0, 1).reshape(x.size(0), -1)[:, :self.out_features]
 
 
 def _can_pack() -> bool:
@@ -154,13 +142,6 @@ class Weights:
 
     def _capped(self, x: Tensor, head: Matrix) -> Tensor:
         return head(norm(x)).float().mul_(2 / SOFTCAP).sigmoid_().mul_(2 * SOFTCAP)
-
-    def pack(self) -> None:
-        """Prepare for chunks of a few tokens, at the price of a second copy of the tall matrices (Matrix.pack)."""
-        for matrix in {id(m): m for layer in self.layers for m in layer.matrices}.values():
-            matrix.pack()
-        for head in self.heads:
-            head.pack()
 
     # -- what a token costs ---------------------------------------------------------------------------------------
 

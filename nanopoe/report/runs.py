@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -103,18 +102,6 @@ def trajectory(records: Sequence[Record], evals: Sequence[Record]) -> list[Recor
 
 
 # -- a choice of steps --------------------------------------------------------------------------------------------
-
-def parse_steps(text: str) -> list[range]:
-    """"100,200-600" -> the step 100 and those from 200 to 600. ConfigError for anything else."""
-    found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part, re.ASCII)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
-            raise ConfigError(f"expected steps such as 100,200-600, got {text[:60]!r}", "--steps")
-        found.append(range(first, last + 1))
-    return found
-
 
 def choose(runs: Sequence[RunStory], wanted: Sequence[range]) -> list[RunStory]:
     """The runs with only the wanted evaluated steps. ConfigError for a wish that no run fulfils."""

@@ -78,7 +78,8 @@ class NanoPoEModes:
                              drafts: int | str = 4, prefix: int = 1, do_sample: bool = False,
                              temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
                              seed: int | None = None, **kwargs: Any) -> Any:
-        """Self-speculation: the first `prefix` stages draft `drafts` tokens (or "auto"), the full model verifies them.
+        """Self-speculation: the first `prefix` stages draft `drafts` tokens ("auto": while it pays), the full model
+        verifies them.
 
         Greedy, the text is that of `generate`. With `do_sample` it has the distribution of the full model at
         `temperature` (1.0), cut by `top_k` and `top_p` (not cut). A row's random numbers depend on (seed, row) alone;

@@ -20,7 +20,7 @@ NO_STAGES = "this model was trained without stage losses; only full is valid"
 MOST_DRAFTS = 16                                         # of a round
 LEADS = (0.1, 0.2, 0.4, 0.8, 1.6)                        # nats; edges of the classes
 BELIEF = (0.6, 0.75, 0.88, 0.96, 0.99, 0.998)            # kept in each class before any round: seen on small models
-BELIEF_WEIGHT = 8.0                                      # drafts that it counts as
+BELIEF_WEIGHT = 4.0                                      # drafts that it counts as
 
 
 # -- adaptive depth and routing ---------------------------------------------------------------------------------------
