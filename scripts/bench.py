@@ -192,7 +192,6 @@ def decode_results(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     from nanopoe.checkpoint.evaluation import read_calibration
-    from nanopoe.config import config_hash
     from nanopoe.dist import world
     from nanopoe.export.run import export_run
     from nanopoe.infer.engine import Engine
@@ -209,8 +208,8 @@ def decode_results(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ConfigError(f"bench decode measures one rank, not {here.size}", "torchrun",
                               "start it with python -m scripts.bench")
         model, tokenizer, checkpoint = load_trained(args.run, args.step, here)
-        poe = model.config.poe_mode != "none"
-        calibration = read_calibration(args.run, checkpoint.step, config_hash(checkpoint.experiment)) if poe else None
+        poe = model.config.poe_mode != "none" and model.layout.n_stages > 1
+        calibration = read_calibration(args.run, checkpoint.step, checkpoint.identity) if poe else None
         engine = Engine(Weights(model, getattr(torch, args.dtype)))
         prompts = [prompt_ids(tokenizer, probe) for probe in PROBES]
         results = [{"name": "plain", **decode_speed(engine, prompts[0], args.tokens, args.rounds)}]
@@ -237,10 +236,11 @@ def exported(repo: Path, prompt: list[int], tokens: int, device: Any) -> Callabl
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, dtype="auto").to(device)
+    model.generation_config.eos_token_id = None              # plain decoding here has no stop either
     ids = torch.tensor([prompt], device=device)
 
     def generate() -> list[int]:
-        out = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        out = model.generate(ids, max_new_tokens=tokens, do_sample=False)
         return [int(token) for token in out[0, len(prompt):]]
 
     return generate

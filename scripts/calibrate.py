@@ -14,7 +14,8 @@ EXAMPLES = """examples:
   python -m scripts.calibrate out/quickstart --routing agreement --cap 0.05 --json | jq .routing
 
 replaces `calibration` in RUN/evaluation/step_NNNNNNNN.json, which generate, chat and export_hf read; evaluates the
-step first if that was not done. Its keys: nanopoe.infer.calibrate.calibration"""
+step first if that was not done, and scripts.evaluate --again puts the default back.
+Its keys: nanopoe.infer.calibrate.calibration"""
 
 
 @entrypoint
@@ -36,7 +37,13 @@ def main() -> None:
     if not 0 <= args.cap < float("inf"):
         raise ConfigError(f"must be 0 or more, got {args.cap}", "--cap")
 
-    from nanopoe.checkpoint.evaluation import evaluation_path, save_calibration, save_evaluation
+    from nanopoe.checkpoint.evaluation import (
+        evaluation_path,
+        is_of,
+        read_evaluation,
+        save_calibration,
+        save_evaluation,
+    )
     from nanopoe.dist import world
     from nanopoe.infer.calibrate import calibrate
     from nanopoe.infer.depth import check_poe
@@ -52,7 +59,8 @@ def main() -> None:
                               "start it with python -m scripts.calibrate")
         model, tokenizer, checkpoint = load_trained(args.run, args.step, here)
         check_poe(model.config, str(args.run))
-        if not evaluation_path(args.run, checkpoint.step).exists():
+        path = evaluation_path(args.run, checkpoint.step)
+        if not (path.exists() and is_of(read_evaluation(path), checkpoint.identity)):
             result = evaluate_checkpoint(args.run, checkpoint.step, Request(speed=False), here)
             save_evaluation(args.run, result, evaluation_markdown(result, f"{result['run']}, step {result['step']}"))
         rows = validation(checkpoint.experiment, tokenizer, here, args.tokens)

@@ -13,7 +13,7 @@ from nanopoe.errors import ConfigError, NanopoeError, entrypoint
 EXAMPLES = """examples:
   python -m scripts.chat out/chat
   python -m scripts.chat out/chat --mode speculative --temperature 0.7 --top-k 50
-  python -m scripts.chat out/chat --mode wand --colour                after scripts.calibrate
+  python -m scripts.chat out/chat --mode wand --colour                after scripts.evaluate
 
 /mode NAME changes the mode, /clear forgets the conversation, /quit or the end of input leaves. A model that was
 trained on text alone answers, but does not know what a turn is."""
@@ -48,7 +48,6 @@ def main() -> None:
     from rich.console import Console
 
     from nanopoe.checkpoint.evaluation import read_calibration
-    from nanopoe.config import config_hash
     from nanopoe.dist import world
     from nanopoe.infer.modes import choose, sampling_of
     from nanopoe.infer.weights import Weights
@@ -64,7 +63,7 @@ def main() -> None:
 
         def choice() -> Any:
             return choose(weights, args, lambda: read_calibration(args.run, checkpoint.step,
-                                                                  config_hash(checkpoint.experiment)))
+                                                                  checkpoint.identity))
 
         chosen, sampling = choice(), sampling_of(args)
         turns: list[tuple[str, list[int] | None]] = []

@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   python -m scripts.generate out/quickstart "def read("
   python -m scripts.generate out/quickstart "import os" --tokens 200 --temperature 0.8 --top-p 0.95 --seed 3
   echo "The capital of France is" | python -m scripts.generate out/quickstart --mode speculative --drafts auto
-  python -m scripts.generate out/quickstart "class " --mode wand --colour      after scripts.calibrate
+  python -m scripts.generate out/quickstart "class " --mode wand --colour      after scripts.evaluate
   python -m scripts.generate out/quickstart "class " --mode compose:0=1,2=3 --json | jq .stats
 
 without a prompt it is read from stdin; an empty one is a new document. How fast every mode is: scripts.bench decode"""
@@ -56,7 +56,6 @@ def main() -> None:
     import torch
 
     from nanopoe.checkpoint.evaluation import read_calibration
-    from nanopoe.config import config_hash
     from nanopoe.dist import world
     from nanopoe.infer.modes import choose, sampling_of
     from nanopoe.infer.text import check_context, ends, pieces, prompt_ids
@@ -73,7 +72,7 @@ def main() -> None:
         del model
 
         def calibration() -> dict[str, Any]:
-            return read_calibration(args.run, checkpoint.step, config_hash(checkpoint.experiment))
+            return read_calibration(args.run, checkpoint.step, checkpoint.identity)
 
         choice = choose(weights, args, calibration)
         prompt = args.prompt if args.prompt is not None else sys.stdin.read().removesuffix("\n")

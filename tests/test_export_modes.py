@@ -397,7 +397,7 @@ def test_bad_requests_are_refused(hub: Any) -> None:
             (speculative, {"prefix": 0}, "first 1 to 2 can draft"),
             (speculative, {"num_beams": 2}, "no such argument"),
             (speculative, {"temperature": 0.5}, "`temperature` without do_sample"),
-            (speculative, {"do_sample": True, "temperature": 0.0}, "above 0"),
+            (speculative, {"do_sample": True, "temperature": 0.0}, "0.0001 or more"),
             (speculative, {"do_sample": True, "top_k": 0}, "top_k"),
             (speculative, {"do_sample": True, "top_p": 1.5}, "top_p"),
             (speculative, {"max_new_tokens": 0}, "1 or more"),

@@ -127,7 +127,7 @@ def test_an_empty_prompt_is_a_new_document(generate: Command, data: Path) -> Non
 
 
 @pytest.mark.parametrize(("run", "options", "code", "kind", "words"), [
-    ("raw", ["--mode", "wand"], 4, "checkpoint", "not calibrated; run scripts.calibrate"),
+    ("raw", ["--mode", "wand"], 4, "checkpoint", "not calibrated; run scripts.evaluate"),
     ("raw", ["--mode", "routed"], 4, "checkpoint", "not calibrated"),
     ("poe", ["--mode", "wand", "--alpha", "0.5"], 2, "config", "not for alpha 0.5"),
     ("poe", ["--mode", "wand", "--temperature", "1"], 2, "config", "greedy"),
@@ -184,16 +184,17 @@ def test_calibration_lives_in_the_evaluation_record(runs: Path, tmp_path: Path) 
     assert record["bpb"]["full"] > 0                                   # it was evaluated on the way
     found = record["calibration"]
     assert len(found[P99]) == len(found[MAX]) == 1
-    assert read_calibration(runs / "poe", STEPS, record["config_hash"]) == found
-    for run, step, config in ((runs / "poe", STEPS, "another"), (runs / "poe", STEPS - 1, record["config_hash"]),
-                              (runs / "raw", STEPS, record["config_hash"])):
+    assert read_calibration(runs / "poe", STEPS, record["request"]["checkpoint"]) == found
+    own = record["request"]["checkpoint"]
+    for run, step, identity in ((runs / "poe", STEPS, "another"), (runs / "poe", STEPS - 1, own),
+                                (runs / "raw", STEPS, own)):
         with pytest.raises(CheckpointError, match="not calibrated"):
-            read_calibration(run, step, config)
+            read_calibration(run, step, identity)
     save_evaluation(tmp_path, {**record, "calibration": None}, "")
     with pytest.raises(CheckpointError, match="not calibrated"):
-        read_calibration(tmp_path, STEPS, record["config_hash"])
+        read_calibration(tmp_path, STEPS, record["request"]["checkpoint"])
     save_calibration(tmp_path, STEPS, found)
-    assert read_calibration(tmp_path, STEPS, record["config_hash"]) == found
+    assert read_calibration(tmp_path, STEPS, record["request"]["checkpoint"]) == found
     assert json.loads(evaluation_path(tmp_path, STEPS).read_text()) == record      # the rest stays
 
 

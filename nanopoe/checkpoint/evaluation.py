@@ -62,13 +62,19 @@ def save_calibration(run_dir: str | Path, step: int, calibration: dict[str, Any]
     return path
 
 
-def read_calibration(run_dir: str | Path, step: int, config_hash: str) -> dict[str, Any]:
-    """The calibration of a step; CheckpointError when there is none, or it is of a run with another config."""
+def is_of(record: dict[str, Any], identity: str) -> bool:
+    """Whether a record was made from the checkpoint of this identity, and not of one that was there before."""
+    request = record.get("request")
+    return isinstance(request, dict) and request.get("checkpoint") == identity
+
+
+def read_calibration(run_dir: str | Path, step: int, identity: str) -> dict[str, Any]:
+    """The calibration of a step; CheckpointError when there is none, or it is of another checkpoint of that step."""
     path = evaluation_path(run_dir, step)
     record = read_evaluation(path) if path.exists() else {}
-    if not record.get("calibration") or record.get("config_hash") != config_hash:
+    if not record.get("calibration") or not is_of(record, identity):
         raise CheckpointError(f"step {step} is not calibrated", run_dir,
-                              f"run scripts.calibrate {run_dir} --step {step}")
+                              f"run scripts.evaluate {run_dir} --step {step}")
     return dict(record["calibration"])
 
 
@@ -83,5 +89,5 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         result["bpb"]["full"], result["accuracy"]["full"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError("not an evaluation of nanopoe", path,
-                        "run scripts.evaluate again, or remove the file") from error
+                        "run scripts.evaluate --again, or remove the file") from error
     return dict(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import zlib
 from functools import cached_property
@@ -54,6 +55,11 @@ class Checkpoint:
             raise CheckpointError(f"is of step {str(state.get('step'))[:20]}, the manifest of {self.step}",
                                   self.path / STATE, "use another step")
         return state
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over the names, sizes and hashes of its files: other content, another identity."""
+        return hashlib.sha256(json.dumps(self.manifest.files, sort_keys=True).encode()).hexdigest()
 
     @property
     def weights(self) -> dict[str, Entry]:

@@ -7,7 +7,6 @@ from typing import Literal
 
 from nanopoe.checkpoint import open_checkpoint, open_tokenizer
 from nanopoe.checkpoint.evaluation import evaluation_path, read_calibration, read_evaluation
-from nanopoe.config import config_hash
 from nanopoe.export.repo import export
 
 
@@ -15,8 +14,8 @@ def export_run(run_dir: Path, out_dir: Path, *, step: int | None = None,
                dtype: Literal["bfloat16", "float32"] = "bfloat16", overwrite: bool = False) -> tuple[Path, int]:
     """Write the repo of `step` (None: the newest); (its folder, the step). Errors as of `export` and the checkpoint.
 
-    CheckpointError when RUN/tokenizer is not the tokenizer the run was trained with, or the step was calibrated when
-    the run had another config.
+    CheckpointError when RUN/tokenizer is not the tokenizer the run was trained with, or the calibration is of another
+    checkpoint of that step.
     """
     checkpoint = open_checkpoint(run_dir, step)
     tokenizer = open_tokenizer(run_dir, checkpoint)
@@ -24,7 +23,7 @@ def export_run(run_dir: Path, out_dir: Path, *, step: int | None = None,
     scores = read_evaluation(record) if record.exists() else None
     experiment = checkpoint.experiment
     if scores and scores.get("calibration"):
-        read_calibration(run_dir, checkpoint.step, config_hash(experiment))
+        read_calibration(run_dir, checkpoint.step, checkpoint.identity)
     out = export(experiment.model, checkpoint.load_model_tensors(), tokenizer, out_dir, step=checkpoint.step,
                  name=experiment.name, dtype=dtype, evaluation=scores, overwrite=overwrite)
     return out, checkpoint.step

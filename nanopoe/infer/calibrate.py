@@ -34,8 +34,6 @@ class Observer:
 
     def __init__(self, model: GPT, rows: int, chunk: int = 512):
         check_poe(model.config, "calibration")
-        if model.layout.n_stages < 2:
-            raise ConfigError("a model of one stage has nothing to leave out", "calibration")
         self.model, self.left, self.chunk = model, rows, chunk
         self.parts: list[Tensor] = []
 
@@ -72,11 +70,11 @@ def calibration(table: Tensor, config: ModelConfig, *, mode: RoutingMode = "targ
     """What the modes need of a PoE model, as a JSON-able dict, from an Observer's table (rows, T, F).
 
     P99 and MAX: K-1 floats, the 99 % quantile and the largest of max_v d - min_v d with d = L_{k+1} - L_k, L_k the
-        mean log-probability of the stages up to k; over all positions.
+        mean log-probability of the stages up to k; over all targets.
     LEAD_P99 and LEAD_MAX: K-1 floats, `lead_bounds` of the same quantile and of all.
-    wand: {p99, max, lead_p99, lead}: {exits [K] shares of the positions, mean_depth, agreement with the full pool's
-        top-1, predicted_speedup}, of adaptive depth with these bounds on these positions.
-    routing: `route`'s dict. tokens: positions read.
+    wand: {p99, max, lead_p99, lead}: {exits [K] shares of the targets, mean_depth, agreement with the full pool's
+        top-1, predicted_speedup}, of adaptive depth with these bounds on these targets.
+    routing: `route`'s dict. tokens: targets seen.
     curves: {wand: [{scale, ..}], lead: [{scale, ..}], routing: [{threshold, ..}]}, agreement and speed over `scale`
         times the p99 and LEAD_MAX bounds and over thresholds, for a plot.
 
@@ -88,6 +86,9 @@ def calibration(table: Tensor, config: ModelConfig, *, mode: RoutingMode = "targ
         raise DataError("no rows to calibrate on", "validation split", "give it more text")
     K = layout_of(config).n_stages
     whole = table.flatten(0, 1).numpy().astype(np.float64)
+    whole = whole[~np.isnan(whole[:, -1])]                           # of a conversation, what the assistant writes
+    if not len(whole):
+        raise DataError("no targets to calibrate on", "validation split", "give it more text")
     parts = np.split(whole, np.cumsum(columns(K))[:-1], axis=1)
     seen = {name: part if i < 4 else part[:, 0] for i, (name, part) in enumerate(zip(COLUMNS, parts, strict=True))}
     share = [cost_share(config, k + 1) for k in range(K)]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nanopoe.config.layout import layout_of
 from nanopoe.config.schema import ModelConfig
 from nanopoe.errors import ConfigError
 from nanopoe.infer.batch import Batch, Emitted
@@ -24,6 +25,8 @@ from nanopoe.infer.sampling import Sampling
 def check_poe(config: ModelConfig, what: str) -> None:
     if config.poe_mode == "none":
         raise ConfigError("this model was trained without stage losses; only full is valid", what)
+    if layout_of(config).n_stages < 2:
+        raise ConfigError("a model of one stage has nothing to leave out; only full is valid", what)
 
 
 @dataclass

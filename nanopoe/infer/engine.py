@@ -50,8 +50,8 @@ class Engine:
         self.weights = model if isinstance(model, Weights) else Weights(model, dtype)
         self.view, self.alpha = view or View(), alpha
         self.experts = experts_of(self.view, self.weights.config, self.weights.n_stages)
-        if not 0 <= alpha < float("inf"):
-            raise ConfigError(f"alpha must be 0 or more, got {alpha}", do="0 is the geometric mean")
+        if not 0 <= alpha <= 4:
+            raise ConfigError(f"alpha must be 0 to 4, got {alpha}", do="0 is the geometric mean, 1 the sum")
         self.gain = float(len(self.experts.stages)) ** alpha
 
     def seen_as(self, view: View | Composition) -> Engine:

@@ -27,8 +27,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature must be 0 or more, got {self.temperature}", do="0 is greedy")
+        if self.temperature != 0 and not 1e-4 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature must be 0, or 0.0001 or more, got {self.temperature}", do="0 is greedy")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k must be 1 or more, got {self.top_k}", do="leave it out to keep all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -83,6 +83,7 @@ class Draft:
 LEADS = (0.1, 0.2, 0.4, 0.8, 1.6)                        # nats; edges of the classes
 BELIEF = (0.6, 0.75, 0.88, 0.96, 0.99, 0.998)            # accepted in each class before any round: seen on small models
 BELIEF_WEIGHT = 4.0                                      # drafts that it counts as
+FORGET = 0.02                                            # of what a row has learned, each round
 
 
 class Pace:
@@ -123,6 +124,9 @@ class Pace:
             kind = bisect_right(LEADS, lead)
             self.seen[kind] += 1
             self.kept[kind] += i < accepted
+        for kind, belief in enumerate(BELIEF):           # so a class that nothing is drafted in any more comes back
+            self.seen[kind] += FORGET * (BELIEF_WEIGHT - self.seen[kind])
+            self.kept[kind] += FORGET * (BELIEF_WEIGHT * belief - self.kept[kind])
 
 
 def speculate(decoder: Decoder, batch: Batch, mode: Speculative, gain: float,

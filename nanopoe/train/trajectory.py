@@ -6,8 +6,6 @@ calibration needs. Rank 0 alone then writes the probes and runs every mode on th
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +51,9 @@ class Request:
     def of(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """As a record keeps it, with the checkpoint's files and the validation data by their hashes."""
         experiment = checkpoint.experiment
-        files = json.dumps(checkpoint.manifest.files, sort_keys=True)
         data = experiment.data
         return {"tokens": self.tokens or experiment.evaluation.tokens, "calibration_tokens": self.calibration_tokens,
-                "speed": self.speed, "checkpoint": hashlib.sha256(files.encode()).hexdigest(),
+                "speed": self.speed, "checkpoint": checkpoint.identity,
                 "validation": {source.name: source.digest for source in open_sources(data.val, data.kind)}}
 
 

@@ -214,8 +214,9 @@ def sampling_of(do_sample: bool, temperature: float | None, top_k: int | None, t
         if unused := [f"`{name}`" for name, value in given.items() if value is not None]:
             raise ValueError(f"{', '.join(unused)} without do_sample=True, which draws tokens")
         return Sampling(None)
-    if temperature is not None and not 0 < temperature < math.inf:
-        raise ValueError(f"`temperature` must be above 0, got {temperature}: leave out `do_sample` for greedy text")
+    if temperature is not None and not 1e-4 <= temperature < math.inf:
+        raise ValueError(f"`temperature` must be 0.0001 or more, got {temperature}: "
+                         "leave out `do_sample` for greedy text")
     if top_k is not None and top_k < 1:
         raise ValueError(f"`top_k` must be 1 or more, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
