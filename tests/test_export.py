@@ -823,13 +823,14 @@ def test_only_an_earlier_export_is_overwritten(exports: Exports, tmp_path: Path,
 
 def test_script_exports_a_checkpoint(exports: Exports, tmp_path: Path, tokenizer: Tokenizer,
                                      monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from nanopoe.checkpoint import Target, save_checkpoint
-    from nanopoe.config import config_hash, load_experiment
+    from nanopoe.checkpoint import Target, open_checkpoint, save_checkpoint
+    from nanopoe.config import load_experiment
     from nanopoe.dist import World
     from scripts.export_hf import main
     from scripts.try_export import main as try_main
 
     ours, *_ = exports("heads")
+    capsys.readouterr()                                             # of loading it, where no test did before
     run, world = tmp_path / "run", World(0, 1, torch.device("cpu"))
     experiment = load_experiment(ROOT / "configs" / "quickstart.yaml", [f"run_dir={run}"])
     experiment = experiment.model_copy(update={"model": ours.config})
@@ -839,7 +840,8 @@ def test_script_exports_a_checkpoint(exports: Exports, tmp_path: Path, tokenizer
     tokenizer.save(run / "tokenizer")
     (run / "evaluation").mkdir()
     record = run / "evaluation" / "step_00000010.json"
-    record.write_text(json.dumps({**SCORES, "calibration": CALIBRATION, "config_hash": config_hash(experiment)}))
+    scores = {**SCORES, "calibration": CALIBRATION, "request": {"checkpoint": open_checkpoint(run, 10).identity}}
+    record.write_text(json.dumps(scores))
 
     def call(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["export_hf", str(run), *arguments])
@@ -875,11 +877,12 @@ def test_script_exports_a_checkpoint(exports: Exports, tmp_path: Path, tokenizer
     assert code == 2 and said.startswith("error[config]") and said.count("\n") == 1
     assert call("--out", str(tmp_path / "a"), "--overwrite")[0] == 0
     assert call("--out", str(tmp_path / "c"), "--step", "6")[0] == 4
-    for calibration, config, expected in (  # control first: not calibrated, and by an experiment of another config
-            (None, "x", 0), (CALIBRATION, "x", 4), ({**CALIBRATION, MAX: [1.0]}, config_hash(experiment), 3)):
-        record.write_text(json.dumps({**SCORES, "calibration": calibration, "config_hash": config}))
+    own = scores["request"]["checkpoint"]
+    for calibration, identity, expected in (  # control first: not calibrated, and of another checkpoint
+            (None, "x", 0), (CALIBRATION, "x", 4), ({**CALIBRATION, MAX: [1.0]}, own, 3)):
+        record.write_text(json.dumps({**SCORES, "calibration": calibration, "request": {"checkpoint": identity}}))
         code, said = call("--out", str(tmp_path / "c"), "--overwrite")
-        assert code == expected and ("run scripts.calibrate" in said) == (code > 0)
+        assert code == expected and ("run scripts." in said) == (code > 0)
         shutil.rmtree(tmp_path / "c", ignore_errors=True)
     record.write_text("{}")
     assert call("--out", str(tmp_path / "c"))[0] == 3

@@ -7,6 +7,7 @@ from typing import Literal
 
 from nanopoe.checkpoint import open_checkpoint, open_tokenizer
 from nanopoe.checkpoint.evaluation import evaluation_path, read_calibration, read_evaluation
+from nanopoe.export.names import check_tensors
 from nanopoe.export.repo import export
 
 
@@ -22,8 +23,10 @@ def export_run(run_dir: Path, out_dir: Path, *, step: int | None = None,
     record = evaluation_path(run_dir, checkpoint.step)
     scores = read_evaluation(record) if record.exists() else None
     experiment = checkpoint.experiment
+    tensors = checkpoint.load_model_tensors()
+    check_tensors(experiment.model, tensors)                     # a damaged checkpoint is the first thing to tell
     if scores and scores.get("calibration"):
         read_calibration(run_dir, checkpoint.step, checkpoint.identity)
-    out = export(experiment.model, checkpoint.load_model_tensors(), tokenizer, out_dir, step=checkpoint.step,
+    out = export(experiment.model, tensors, tokenizer, out_dir, step=checkpoint.step,
                  name=experiment.name, dtype=dtype, evaluation=scores, overwrite=overwrite)
     return out, checkpoint.step
