@@ -19,8 +19,14 @@ EXAMPLES = """examples:
   torchrun --nproc_per_node=4 -m scripts.bench memory configs/small_poe.yaml
   python -m scripts.bench data                                        8 x 512 on ../shared/corpus
   python -m scripts.bench data --rows 8 32 --seq 2048 --data data/stdlib/train --tokenizer data/stdlib/tokenizer
+  python -m scripts.bench specialist                                  configs/stage_tool.yaml, scaled down
+  python -m scripts.bench specialist configs/stage_tool.yaml --set batch.device_batch_size=4      as it is, for a GPU
   python -m scripts.bench decode out/quickstart --transformers        every mode, and `generate` of the export"""
 CORPUS = Path("../shared/corpus")
+
+# stage_tool.yaml with its shape (24 layers and 4, one head in 20 parts of the arithmetic) at a sixth of the width
+SCALED = ("model.n_embd=256", "model.n_head=4", "model.n_kv_head=4", "model.vocab_size=4096", "model.sequence_len=512",
+          "batch.tokens_per_step=4096", "batch.device_batch_size=4", "runtime.device=cpu")
 
 COLUMNS = {
     "step": ("experiment", "dtype", "s / step", "spread", "backward", "optimizer", "tokens/s", "GFLOP/s", "of peak",
@@ -71,6 +77,8 @@ def main() -> None:
         results = data_results(args)
     elif args.what == "decode":
         results = decode_results(args)
+    elif args.what == "specialist":
+        results = specialist_results(args)
     else:
         results = experiment_results(args)
     if not results:                                             # another rank tells
@@ -88,6 +96,13 @@ def main() -> None:
         table = Table("", *(f"{r['rows']} x {r['seq']} {r['packing']}" for r in results))
         for name in columns[0]:
             table.add_row(name, *(column[name] for column in columns))
+    elif args.what == "specialist":
+        table = Table("", "trained", "s / step", "spread", "of full, backprop", "activations MiB", "of full, backprop")
+        for result in results:
+            for name, r in result["arms"].items():
+                table.add_row(name, f"{r['trained']:,}", f"{r['seconds']:.3f}", f"{r['spread']:.0%}",
+                              f"{r['of_full_time']:.2f}x", f"{r['activations'] / 2**20:,.1f}",
+                              f"{r['of_full_activations']:.2f}x")
     elif args.what == "decode":
         table = Table("", "tokens/s", "against plain", "by weights read", "tokens as plain", "")
         for result in results:
@@ -116,6 +131,11 @@ def parse() -> argparse.Namespace:
         command.add_argument("configs", nargs="*", default=["configs/quickstart.yaml"], help="experiment files")
         command.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="override, for all")
         command.add_argument("--steps", type=int, default=5, help="timed steps; medians are shown [5]")
+    text = "a specialist's step against full fine-tuning of a model as deep"
+    command = commands.add_parser("specialist", help=text, description=text, parents=[common])
+    command.add_argument("configs", nargs="*", default=[], help="of specialists [stage_tool.yaml, scaled down]")
+    command.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="override, for all")
+    command.add_argument("--steps", type=int, default=5, help="timed steps; medians are shown [5]")
     text = "ready batches against pure encoding, and how long a consumer waits"
     command = commands.add_parser("data", help=text, description=text, parents=[common])
     command.add_argument("--rows", type=int, nargs="+", default=[8], help="rows of a batch [8]")
@@ -166,6 +186,21 @@ def experiment_results(args: argparse.Namespace) -> list[dict[str, Any]]:
                    (bench_step if args.what == "step" else bench_optimizer)(experiment, here, args.steps)
                    for experiment in experiments]
         return results if here.is_main else []
+
+
+def specialist_results(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One result for each experiment file."""
+    files = [(path, args.set) for path in args.configs] or [("configs/stage_tool.yaml", [*SCALED, *args.set])]
+    experiments = [load_experiment(path, changes) for path, changes in files]
+
+    from nanopoe.dist import world
+    from nanopoe.train.bench_specialist import bench_specialist
+
+    with world(experiments[0].runtime.device) as here:
+        if here.size > 1:
+            raise ConfigError(f"bench specialist measures one rank, not {here.size}", "torchrun",
+                              "start it with python -m scripts.bench")
+        return [bench_specialist(experiment, here, args.steps) for experiment in experiments]
 
 
 def data_results(args: argparse.Namespace) -> list[dict[str, Any]]:

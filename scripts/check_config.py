@@ -6,9 +6,10 @@ Exit code 0 and a summary if it (each of them) can be run, 2 and a line per prob
 from __future__ import annotations
 
 import argparse
+import math
 
 from nanopoe.config import Experiment, layout_of, load_experiment, make_plan, valid_world_sizes
-from nanopoe.config.counts import count_parameters
+from nanopoe.config.counts import count_parameters, trained_shapes
 from nanopoe.errors import ConfigError, entrypoint, report
 
 EXAMPLES = """examples:
@@ -24,6 +25,7 @@ def summary(exp: Experiment, world_size: int) -> list[str]:
     ends = ", ".join(map(str, layout.boundaries))
     return [
         f"parameters   {counts.total:,} in {counts.tensors} tensors",
+        f"task         {task_of(exp)}",
         f"stages       {layout.n_stages} ({exp.model.poe_mode}), ending with layer {ends}",
         f"schedule     {plan.total_steps:,} steps in {len(exp.schedule.cycles)} cycles",
         f"tokens       {plan.total_tokens:,} = {plan.total_steps:,} x {plan.tokens_per_step:,}",
@@ -31,6 +33,14 @@ def summary(exp: Experiment, world_size: int) -> list[str]:
         f"ranks        {', '.join(map(str, valid_world_sizes(exp)))} are valid",
         f"output       {exp.out}",
     ]
+
+
+def task_of(exp: Experiment) -> str:
+    """What is trained, and on what."""
+    if exp.specialist is not None:
+        trained = sum(map(math.prod, trained_shapes(exp.model).values()))
+        return f"specialist of {exp.model.specialists[-1].n_layer} layers on {exp.specialist.base}, trains {trained:,}"
+    return f"sft of {exp.init_from.path}" if exp.init_from is not None else "pretrain"
 
 
 @entrypoint

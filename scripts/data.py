@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   python -m scripts.data verify data/stdlib                 every byte against the manifest
   python -m scripts.data verify data/frontier_v1 --json     of all sources of a mixture
   python -m scripts.data stats data/stdlib --tokenizer data/stdlib/tokenizer
+  python -m scripts.data stats data/chat --tokenizer out/base/tokenizer --sequence-len 2048
   python -m scripts.data sample data/stdlib/val -n 3 --seed 7
   python -m scripts.data audit out/small_poe                of a run with logging.audit
 
@@ -33,7 +34,9 @@ def arguments() -> argparse.Namespace:
         sub = verbs.add_parser(verb, help=what, description=what, epilog=EXAMPLES, formatter_class=form)
         sub.add_argument("folder", type=Path, metavar="RUN" if verb == "audit" else "FOLDER")
         if verb == "stats":
-            sub.add_argument("--tokenizer", type=Path, help="folder of a tokenizer, to count its tokens too")
+            sub.add_argument("--tokenizer", type=Path, help="folder of a tokenizer, to count its tokens too; those of "
+                                                            "conversations as they are rendered")
+            sub.add_argument("--sequence-len", type=int, metavar="T", help="also count what is longer than a row of T")
         if verb == "sample":
             sub.add_argument("-n", type=int, default=5, help="documents [5]")
             sub.add_argument("--seed", type=int, default=0, help="[0]")
@@ -65,18 +68,12 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def stats(args: argparse.Namespace) -> int:
-    from nanopoe.data.inspect import CountTokens, stats
+    from nanopoe.data.inspect import stats
+    from nanopoe.tokenizer import Tokenizer
 
-    count: CountTokens | None = None
-    if args.tokenizer is not None:
-        from nanopoe.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.load(args.tokenizer)
-
-        def count(texts: list[str]) -> list[int]:
-            return [len(tokenizer.encode(text)) for text in texts]
-
-    found = stats(args.folder, count)
+    if args.sequence_len is not None and (args.tokenizer is None or args.sequence_len < 1):
+        raise ConfigError(f"is {args.sequence_len}", "--sequence-len", "give 1 or more, and a --tokenizer")
+    found = stats(args.folder, args.tokenizer and Tokenizer.load(args.tokenizer), args.sequence_len)
     if args.json:
         print_json(found)
         return 0
@@ -88,6 +85,8 @@ def stats(args: argparse.Namespace) -> int:
                 print(f"  {what:10} " + ", ".join(f"{key} {value:,.0f}" for key, value in split[what].items()))
         if "bytes_per_token" in split:
             print(f"  {split['bytes_per_token']:.3f} bytes per token")
+        if "longer_than_a_row" in split:
+            print(f"  {split['longer_than_a_row']:,} documents are longer than a row of {args.sequence_len:,}")
     return 0
 
 

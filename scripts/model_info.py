@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import Any
 
 from nanopoe.config import Experiment, config_hash, layout_of, load_experiment, make_plan, valid_world_sizes
@@ -16,6 +17,7 @@ from nanopoe.config.counts import (
     forward_flops_per_stage,
     memory_per_rank,
     parameter_shapes,
+    trained_shapes,
 )
 from nanopoe.errors import entrypoint
 
@@ -33,6 +35,7 @@ def describe(exp: Experiment, world_size: int) -> dict[str, Any]:
         "config_hash": config_hash(exp),
         "parameters": counts.total,
         "tensors": counts.tensors,
+        "trained_parameters": sum(map(math.prod, trained_shapes(exp.model).values())),
         "parameters_by_group": counts.by_group,
         "scaling_parameters": counts.scaling,
         "stage_boundaries": list(layout.boundaries),

@@ -68,6 +68,10 @@ def ways(model: Any, greedy: bool) -> list[tuple[str, str, dict[str, Any]]]:
     """(name, method of the model, its options) of every way to generate that the export has values for."""
     config = model.config
     found: list[tuple[str, str, dict[str, Any]]] = [("full model", "generate", {})]
+    if config.specialists:
+        found = [(f"specialist {one['name']}", "generate", {"specialist": i})
+                 for i, one in enumerate(config.specialists)]
+        return [*found, ("base", "generate", {"head_mode": "base"}), ("dual", "generate", {"head_mode": "dual"})]
     if config.poe_mode == "none":
         return found
     found.append(("stage 0 alone", "generate", {"stage": 0}))

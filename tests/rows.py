@@ -15,7 +15,7 @@ import torch
 from nanopoe.data.lanes import Tokenize
 from nanopoe.data.loader import Loader, Sizes, merge_positions
 from nanopoe.data.packing import PACKINGS, Document
-from nanopoe.data.shards import COLUMN, Source, open_source
+from nanopoe.data.shards import COLUMN, CONVERSATION, Source, open_source
 
 BOS = 0
 TEXT = ("bestfit_crop", "bestfit_split", "concat")
@@ -27,12 +27,13 @@ def encode_bytes(text: str) -> np.ndarray:
 
 
 def converse(source: Source, wanted: Sequence[tuple[int, int]], row_len: int = 16) -> list[Document]:
-    """Texts as conversations: BOS and the first three tokens are masked."""
+    """Texts as conversations: BOS and the first three tokens are masked; of long ones the end is kept, behind BOS."""
     documents = []
     for epoch, ordinal in wanted:
         ids = np.concatenate([[BOS], encode_bytes(source.text(ordinal))]).astype(np.int32)
         ids[:4] = ~ids[:4]
-        documents.append(Document(ids[:row_len], len(ids), [source.name, epoch, ordinal]))
+        kept = np.concatenate([ids[:1], ids[1:][-(row_len - 1):]])
+        documents.append(Document(kept, len(kept), [source.name, epoch, ordinal], len(ids) - len(kept)))
     return documents
 
 
@@ -106,3 +107,15 @@ def two_sources(folder: Path) -> Callable[[], list[Source]]:
     code = numbered(folder / "code", [[6, 6, 3]], lambda n: 3 + n * 5 % 17)
     return lambda: [open_source("prose", prose, weight=2.0, repeat=2),
                     open_source("code", code, weight=1.0, code=True)]
+
+
+def chat_shards(folder: Path, train: int = 60, val: int = 20) -> Path:
+    """folder/{train,val}: short conversations, all different."""
+    def lines(first: int, count: int) -> list[str]:
+        return [json.dumps({"messages": [{"role": "user", "content": f"say {n} {'a' * (n % 7)}"},
+                                         {"role": "assistant", "content": f"{n} is said, {'b' * (n % 5)} {n + 1}"}]},
+                           separators=(",", ":")) for n in range(first, first + count)]
+
+    write(folder / "train", [[lines(0, train)]], CONVERSATION)
+    write(folder / "val", [[lines(1000, val)]], CONVERSATION)
+    return folder

@@ -200,7 +200,7 @@ def test_data_changed_on_purpose_begin_a_new_account(mixture, tmp_path):
     first = run(mixture, tmp_path, 5)
     run(lambda: mixture()[:1], tmp_path, 5, start_step=5, position=first, may_change=["sources"])
     result = check_audit(tmp_path)
-    assert result.ok and "the data were changed after step 5" in result.notes[0] and result.steps == 10
+    assert result.ok and "data or batch were changed after step 5" in result.notes[0] and result.steps == 10
 
 
 def test_what_the_disk_refuses_is_an_error(mixture, tmp_path):

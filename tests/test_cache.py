@@ -50,7 +50,7 @@ def fed(decoder: Decoder, ids: list[int], sizes: list[int], row: int = 0) -> lis
         for n in sizes:
             decoder.feed({row: ids[:n]})
             ids = ids[n:]
-            parts.append([decoder.run(k).x for k in range(decoder.depth)])
+            parts.append([decoder.run(k).x for k in decoder.stages])
     return [torch.cat(states) for states in zip(*parts, strict=True)]
 
 
@@ -76,8 +76,9 @@ def test_backprop_model_and_grouped_queries_too() -> None:
 
 def test_short_windows_keep_their_window_only(model: GPT) -> None:
     decoder = Decoder(Weights(model), 2, 1000, rollback=4)
-    assert [c.capacity for c in decoder.caches] == [w + 4 + 7 for w in WINDOWS]
-    assert all(c.k.shape == c.v.shape == (2, 1, w + 11, 16) for c, w in zip(decoder.caches, WINDOWS, strict=True))
+    caches = decoder.caches.values()
+    assert [c.capacity for c in caches] == [w + 4 + 7 for w in WINDOWS]
+    assert all(c.k.shape == c.v.shape == (2, 1, w + 11, 16) for c, w in zip(caches, WINDOWS, strict=True))
     assert LayerCache(1, 1, 4, 500, 4, 20, torch.float32, torch.device("cpu")).capacity == 20
 
 
@@ -212,7 +213,7 @@ def test_bfloat16_weights_decode_nearly_the_same(model: GPT) -> None:
     assert rounded.dtype == torch.float32
     difference = (exact - rounded).abs().max()
     assert 1e-4 < difference < 0.5
-    assert Weights(model, torch.bfloat16).bytes_read(3) * 2 == Weights(model).bytes_read(3)
+    assert Weights(model, torch.bfloat16).bytes_read(range(3)) * 2 == Weights(model).bytes_read(range(3))
 
 
 def test_bytes_read_counts_matrices_and_distinct_heads() -> None:
@@ -220,8 +221,8 @@ def test_bytes_read_counts_matrices_and_distinct_heads() -> None:
     d, gates = 32, 2
     layer, head = 4 * (12 * d * d), 4 * 300 * d
     two_layers = 2 * layer + 4 * gates * d                          # layers 1 and 3 have gates
-    assert shared.bytes_read(1) == two_layers + head
-    assert shared.bytes_read(2) == 2 * two_layers + head
-    assert own.bytes_read(2) == 2 * two_layers + 2 * head
-    assert own.bytes_read(2, heads=1) == 2 * two_layers + head
+    assert shared.bytes_read([0]) == two_layers + head
+    assert shared.bytes_read([0, 1]) == 2 * two_layers + head
+    assert own.bytes_read([0, 1]) == 2 * two_layers + 2 * head
+    assert own.bytes_read([1]) == 2 * two_layers + head
     assert 0 < shared.share(1) < shared.share(2) == 1

@@ -176,8 +176,9 @@ def test_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     ({"name": "a/b"}, "name: 'a/b' does not match ^[A-Za-z0-9._-]+$"),
     ({"name": "a\nb"}, "name: control characters in 'a\\nb'"),
     ({"tokenizer": "\ud800"}, "tokenizer: control characters in '\\ud800'"),
-    ({"clé\n": 1}, "'cl\\xe9\\n': unknown key; the keys here are name, run_dir, seed, tokenizer, model, objective, "
-                   "data, batch, schedule, optim, runtime, checkpoint, evaluation, logging, resume"),
+    ({"clé\n": 1}, "'cl\\xe9\\n': unknown key; the keys here are name, run_dir, seed, tokenizer, task, init_from, "
+                   "specialist, model, objective, data, batch, schedule, optim, runtime, checkpoint, evaluation, "
+                   "logging, resume"),
     ({"tokenizer": {1, 2}}, "tokenizer: cannot be set"),
     ({"model.n_layer": 10**9}, "model.n_layer: must be <= 4096, got 1000000000"),
 ])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +22,12 @@ from nanopoe.data.conversations import (
     parse_conversation,
     prompt_of,
 )
+from nanopoe.data.filters import WriteOptions
 from nanopoe.data.greetings import greeting_copies, with_other_greeting
 from nanopoe.data.ingest import Raw
+from nanopoe.data.origins import chat_origin
+from nanopoe.data.shards import CONVERSATION
+from nanopoe.data.write import write_dataset
 from nanopoe.errors import ConfigError, DataError
 
 Record = dict[str, Any]
@@ -78,7 +85,7 @@ BAD = [
     ([user(" \n"), says("b")], "messages.0: empty user message"),
     ([user("a"), says("")], "messages.1: empty assistant message"),
     ([{"role": "system", "content": ""}, user("a"), says("b")], "messages.0: empty system message"),
-    ([user("a"), {"role": "bot", "content": "b"}], "messages.1.role: Input should be 'system', 'user'"),
+    ([user("a"), {"role": "bot", "content": "b"}], "messages.1.role: 'bot' is not known, there are 'system',"),
     ([user("a"), {"role": "assistant", "content": None}], "messages.1.content: Input should be a valid string"),
     ([user("a"), {"role": "assistant"}], "messages.1.content: Field required"),
     ([user("a"), {**says("b"), "weight": 1}], "messages.1.weight: Extra inputs are not permitted"),
@@ -331,7 +338,8 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f(1)"}]},
      "field 'conversations.1': not JSON"),
     ("messages", openai(user("a"), {**says("b"), "function_call": {}}), "field 'messages.1': a message with function_"),
-    ("messages", openai(user("a"), {"role": "developer", "content": "b"}), "field 'messages': messages.1.role: Input"),
+    ("messages", openai(user("a"), {"role": "developer", "content": "b"}),
+     "field 'messages': messages.1.role: 'developer' is not known, there are 'system', 'user', 'assistant' or 'tool'"),
     ("messages", openai({"role": "user", "content": [{"type": "image_url"}]}),
      "field 'messages.0.content': has a part that is no text"),
     ("messages", openai(user("a"), {"role": "assistant", "content": None, "tool_calls": OPENAI_CALLS},
@@ -357,6 +365,34 @@ def test_bad_rows_are_named(name: str, record: Any, words: str) -> None:
     assert words in caught.value.what
     assert caught.value.do
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, row, words", [
+    ("messages", openai(user("a"), {"role": "developer", "content": "b"}), "messages.1.role: 'developer' is not known"),
+    ("messages", openai(user("a"), {"content": "b"}), "messages.1.role: 'None' is not known"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]},
+     "conversations.1': from 'bing' is not known"),
+    ("sharegpt", {"conversations": [{"from": ["human"], "value": "a"}]},
+     r"conversations.0': from \"\['human'\]\" is not"),
+    ("messages", openai({"role": ["user"], "content": "a"}), r"messages.0.role: \"\['user'\]\" is not known"),
+])
+def test_unknown_roles_are_an_error_or_counted_by_name(tmp_path: Path, name: str, row: Record, words: str) -> None:
+    good = [{"messages": [user(f"{i}?"), says("b")],
+             "conversations": [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": "b"}]} for i in range(30)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(json.dumps({key: r[key] for key in row}) for r in good))
+    options = WriteOptions(max_chars=None, column=CONVERSATION, val_share=0.3)
+    origin = chat_origin(name, tmp_path / "in", None)
+    assert write_dataset(origin, tmp_path / "c", options)["counts"]["bad"] == {}                 # control
+    with open(tmp_path / "in" / "a.jsonl", "a") as file:
+        file.write(f"\n{json.dumps(row)}" * 2)
+    with pytest.raises(DataError, match=rf"a.jsonl line 31: no conversation .*{words}.*--skip-bad") as caught:
+        write_dataset(origin, tmp_path / "d", options)
+    assert "\n" not in str(caught.value)
+    counts = write_dataset(origin, tmp_path / "d", replace(options, skip_bad=2))["counts"]
+    assert (counts["documents"], counts["bad"]) == (30, {"no conversation": 2})
+    assert len(counts["left_out"]) == 2
+    assert all(re.search(rf"no conversation .*{words}", left["reason"]) for left in counts["left_out"])
 
 
 @pytest.mark.parametrize("kind, schema", [

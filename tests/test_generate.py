@@ -15,8 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanopoe.checkpoint.evaluation import evaluation_path, read_calibration, save_calibration, save_evaluation
+from nanopoe.config import experiment_from_dict
+from nanopoe.dist import World
 from nanopoe.errors import CheckpointError
 from nanopoe.infer.batch import Emitted
 from nanopoe.infer.calibrate import MAX, P99
@@ -27,9 +30,11 @@ from nanopoe.infer.speculative import Speculative
 from nanopoe.infer.text import chat_ids, pieces, prompt_ids
 from nanopoe.model import GPT
 from nanopoe.tokenizer import Tokenizer
+from nanopoe.train import loop
 from tests.models import three_stages
 from tests.ranks import experiment_dict
 from tests.test_cli import ROOT, Done, call, refused, write_yaml
+from tests.test_specialist import specialist_dict
 
 STEPS = 8
 
@@ -222,7 +227,7 @@ def test_chat_talks_changes_its_mode_and_goes_on_after_mistakes(runs: Path, comm
     assert (done.code, done.err) == (0, ""), done
     answers = done.out.split("tokens/s")
     assert len(answers) == 5                                           # three answers and one after the long question
-    assert "exits" not in answers[1] and "mean_depth" in answers[2]
+    assert "exits" not in answers[1] and "mean depth" in answers[2]
     for words in ("unknown mode 'turbo'", "unknown command /what", "the model was trained to see 32"):
         assert words in done.out
     refused(command("chat", runs / "raw", "--mode", "wand"), 4, "checkpoint", "not calibrated")
@@ -237,6 +242,105 @@ def test_a_conversation_is_laid_out_with_special_tokens(data: Path) -> None:
                    special["<|user_start|>"], *tokenizer.encode("da"), special["<|user_end|>"],
                    special["<|assistant_start|>"]]
     assert ids.count(special["<|user_end|>"]) == 2                     # its name in a text is text
+
+
+# -- cascades ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def cascade(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, and tool/ and mathy/ that stand on it: finished runs. Their context holds a list of functions."""
+    folder = tmp_path_factory.mktemp("cascade")
+    long = {"model.sequence_len": 256, "batch.tokens_per_step": 256 * 4, "evaluation.tokens": 1024,
+            "evaluation.every": None, "checkpoint.every": None}
+    alone = World(0, 1, torch.device("cpu"))
+    loop.train(experiment_from_dict(experiment_dict(data, folder / "base", **long), "base"), alone)
+    for name, seed in (("tool", 3), ("mathy", 4)):
+        changes = {**long, "seed": seed, "optim.matrix_lr": 0.05, "optim.unembedding_lr": 0.3}
+        experiment = specialist_dict(data, folder / name, folder / "base", **changes)
+        loop.train(experiment_from_dict(experiment, name), alone)
+    return folder
+
+
+def test_every_view_of_a_cascade_writes_text(cascade: Path, command: Command) -> None:
+    def tokens(run: str, *options: str) -> list[int]:
+        return told(command("generate", cascade / run, "badu ", "--tokens", "20", "--json", *options))["tokens"]
+
+    beside = ("--with", f"mathy={cascade / 'mathy'}")
+    answers = {mode: tokens("tool", *beside, "--mode", mode) for mode in (
+        "full", "base", "specialist:tool", "specialist:mathy", "dual", "dual:mathy", "compose:base=1,tool=2,mathy=1",
+        "stage:0", "route")}
+    assert answers["full"] == answers["specialist:tool"] == tokens("tool")
+    assert answers["base"] == tokens("base") == tokens("tool", "--mode", "base", "--base", str(cascade / "base"))
+    assert answers["specialist:mathy"] == tokens("mathy") == tokens("base", *beside)
+    assert answers["base"] != answers["full"] != answers["specialist:mathy"]
+    other = tokens("tool", *beside, "--mode", "compose:mathy=1,tool=2,base=1")
+    assert answers["compose:base=1,tool=2,mathy=1"] == other
+
+
+def test_the_route_says_who_answered(cascade: Path, command: Command) -> None:
+    options = ("--with", f"mathy={cascade / 'mathy'}", "--mode", "route", "--tokens", "8")
+    found = told(command("generate", cascade / "tool", "badu ", "--json", *options))
+    [chosen], [perplexity] = found["stats"]["chosen"], found["stats"]["perplexity"]
+    assert list(perplexity) == ["base", "mathy", "tool"] and perplexity[chosen] == min(perplexity.values())
+    alone = "base" if chosen == "base" else f"specialist:{chosen}"
+    options_alone = (*options[:3], alone, *options[4:])
+    assert found["tokens"] == told(command("generate", cascade / "tool", "badu ", "--json", *options_alone))["tokens"]
+    done = command("generate", cascade / "tool", "badu ", *options)
+    assert f", by {chosen} (perplexity of the prompt: base " in done.err
+
+
+def test_a_constrained_answer_is_to_a_question_with_functions(cascade: Path, command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "functions.json"
+    path.write_text(json.dumps([{"name": "add", "parameters": {"type": "object", "properties": {
+        "a": {"type": "integer"}}, "required": ["a"]}}]))
+    options = ("--constrained", path, "--json", "--tokens", "150", "--temperature", "50")
+    calls = []
+    for seed in range(12):
+        found = told(command("generate", cascade / "tool", "What is 2?", *options, "--seed", seed))
+        calls.append(found["calls"]["opened"])
+        assert found["calls"]["closed"] == calls[-1] and found["calls"]["cut"] == 0
+        if calls[-1]:
+            break
+    assert any(calls), "nothing was constrained"
+    assert told(command("generate", cascade / "tool", "What is 2?", *options[2:]))["calls"] is None
+    for text, words in (("{", "not JSON"), ("[]", "tools"), ('[{"name": "a"}]', "parameters")):
+        path.write_text(text)
+        refused(command("generate", cascade / "tool", "x", *options), 3, "data", words)
+    refused(command("generate", cascade / "tool", "x", "--constrained", tmp_path / "none"), 3, "data", "cannot be read")
+    path.write_text('[{"name": "a", "parameters": {}}]')
+    refused(command("generate", cascade / "tool", " ", *options), 3, "data", "empty user message")
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--mode", "specialist:nobody"], "no specialist 'nobody'.*use tool"),
+    (["--mode", "compose:base=1,nobody=1"], "no specialist 'nobody'"),
+    (["--mode", "wand"], "wand is of a base alone"),
+    (["--mode", "speculative"], "speculative is of a base alone"),
+    (["--mode", "prefix:9"], "the model has 2 stages"),
+    (["--with", "mathy"], "expected NAME=PATH"),
+])
+def test_bad_requests_of_a_cascade_are_one_line(cascade: Path, command: Command, options: list[str],
+                                                words: str) -> None:
+    refused(command("generate", cascade / "tool", "badu", *options), 2, "config", words)
+
+
+def test_what_is_no_cascade_is_refused(cascade: Path, command: Command) -> None:
+    for mode, words in (("route", "no specialists to choose from"), ("dual", "has no specialists")):
+        refused(command("generate", cascade / "base", "badu", "--mode", mode), 2, "config", words)
+    refused(command("generate", cascade / "tool", "", "--mode", "route"), 2, "config", "of one token")
+    reserved = ("--with", f"base={cascade / 'mathy'}")
+    refused(command("generate", cascade / "tool", "badu", *reserved), 2, "config", "'base' cannot name a specialist")
+
+
+def test_chat_changes_who_answers(cascade: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ("/with", "/specialist mathy", "/with", "bad", "/specialist nobody", "/specialist base", "bad",
+             "/specialist route", "bad", "/mode dual:tool", "bad", "/quit")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    done = command("chat", cascade / "tool", "--with", f"mathy={cascade / 'mathy'}", "--tokens", "5")
+    assert (done.code, done.err) == (0, ""), done
+    assert "base, mathy, tool; full answers" in done.out and "specialist:mathy answers" in done.out
+    assert "no specialist 'nobody'" in done.out and done.out.count("tokens/s") == 4
+    assert done.out.count("perplexity of the prompt") == 1
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------

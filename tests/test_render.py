@@ -19,10 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopoe.data.conversations import Conversation, canonical, conversation_of, parse_conversation, prompt_of
+from nanopoe.data.loader import Loader, Sizes, summary
 from nanopoe.data.render import (
     LAYOUTS,
     ONE_LINE,
@@ -267,13 +269,59 @@ def test_documents_in_order_read_by_row_group(source_of: MakeSource, monkeypatch
         assert ["text target", f"a{ordinal}"] in runs(document.ids)
 
 
-def test_long_conversations_are_cut(source_of: MakeSource) -> None:
-    source = source_of([PLAIN])
-    whole, cut = (Render(BYTES, n, 0, 0.0)(source, [(0, 0)])[0] for n in (1000, 8))
-    assert cut.ids.tolist() == whole.ids[:8].tolist()
-    assert (cut.length, len(cut.ids)) == (len(whole.ids), 8)
-    assert cut.ids.base is None                                              # holds no memory of what was cut off
-    assert whole.ids[-1] == BYTES.special_ids["<|assistant_end|>"]
+def test_long_conversations_lose_their_oldest_turns(source_of: MakeSource) -> None:
+    """At every length: the row is that of the last turns that fit, head in front, else the end of the last turn."""
+    turns = [[user(f"question {i} " + "q" * (i * 7 % 11)), *(
+        [says("", call("weather", city="Lima")), result("rain")] if i % 2 else []), says(f"answer {i}")]
+        for i in range(6)]
+    long = made([SYSTEM, *(m for turn in turns for m in turn)], [W])
+    lasts = [row_of(made([SYSTEM, *(m for turn in turns[i:] for m in turn)], [W])) for i in range(6)]
+    source, kinds = source_of([long]), set()
+    for most in range(2, len(lasts[0]) + 2):
+        document = Render(BYTES, most, 0, 0.0)(source, [(0, 0)])[0]
+        fitting = [row for row in lasts if len(row) <= most]
+        expected = fitting[0] if fitting else np.concatenate([lasts[5][:1], lasts[5][1 - most:]])
+        assert np.array_equal(document.ids, expected), most
+        assert document.length == len(document.ids) == document.whole - document.dropped <= most
+        assert document.whole == len(lasts[0])
+        assert (document.ids[0], document.ids[-1]) == (~BYTES.bos_id, BYTES.special_ids["<|assistant_end|>"])
+        assert document.ids.base is None                                     # holds no memory of what was cut off
+        kinds.add(len(fitting))
+    assert kinds == set(range(7))                                            # control: every number of turns left
+    assert document.dropped == 0
+
+
+def test_what_is_dropped_is_counted(source_of: MakeSource) -> None:
+    """Rows of 60: of three conversations one loses a turn, one the front of its only turn."""
+    small, turns = made([user("a"), says("b")]), made([user("q" * 30), says("x"), user("c"), says("d" * 30)])
+    huge = made([user("q"), says("w" * 99)])
+    source = source_of([small, turns, huge] * 2)
+    sizes = Sizes(2, 4, 59, 2, 2, 1)
+    with Loader([source], Render(BYTES, 60, 0, 0.0), BYTES.bos_id, sizes, packing="bestfit_pad", seed=0,
+                union=True) as batches:
+        rows, position = zip(*(next(batches) for _ in range(30)), strict=True)
+    ids = torch.stack(rows).flatten()
+    ends = ids[(ids == BYTES.special_ids["<|assistant_end|>"]).nonzero() - 1].flatten().tolist()
+    came = {letter: ends.count(ord(letter)) for letter in "bdw"}             # by the last letter of the answer
+    lost = {"d": len(row_of(turns)) - len(row_of(made([user("c"), says("d" * 30)]))), "w": len(row_of(huge)) - 60}
+    told = summary(position[-1])
+    assert len(row_of(turns)) > 60 and min(came.values()) > 5
+    assert (told["documents"], told["truncated"]) == (sum(came.values()), came["d"] + came["w"])
+    assert told["cropped_tokens"] == came["d"] * lost["d"] + came["w"] * lost["w"]
+    with Loader([source_of([small] * 4)], Render(BYTES, 60, 0, 0.0), BYTES.bos_id, sizes, packing="bestfit_pad", seed=0,
+                union=True) as batches:                                      # control
+        told = summary(next(batches)[1])
+    assert told["documents"] > 0 == told["truncated"] == told["cropped_tokens"]
+
+
+def test_a_conversation_of_many_turns_is_not_rendered_for_each(source_of: MakeSource,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    source = source_of([made([m for i in range(500) for m in (user(f"q{i}"), says(f"a{i}"))])])
+    rendered = []
+    monkeypatch.setattr(Render, "_row", lambda self, *args, _row=Render._row: rendered.append(1) or _row(self, *args))
+    document = Render(BYTES, 100, 0, 0.0)(source, [(0, 0)])[0]
+    assert runs(document.ids)[-2] == ["text target", "a499"]
+    assert len(rendered) < 15
 
 
 def test_layouts_are_drawn_for_each_visit(source_of: MakeSource) -> None:

@@ -19,13 +19,14 @@ import pytest
 
 from nanopoe.data import progress as progress_module
 from nanopoe.data.filters import WriteOptions
+from nanopoe.data.ingest import Raw
 from nanopoe.data.inspect import sample, stats, verify
 from nanopoe.data.manifest import check_manifest
 from nanopoe.data.shards import open_source
 from nanopoe.data.write import write_dataset
 from nanopoe.errors import DataError
 from nanopoe.tokenizer import Tokenizer
-from tests.test_ingest import some
+from tests.test_ingest import Listed, some
 
 ROOT = Path(__file__).parents[1]
 
@@ -170,6 +171,30 @@ def test_stats_are_those_of_the_texts(dataset: Path, tmp_path: Path) -> None:
     assert "train: 29," in done.stdout
     assert "characters" in done.stdout
     assert "median" in done.stdout
+
+
+def test_stats_of_conversations_are_of_what_is_trained_on(tmp_path: Path) -> None:
+    """A token for each byte and special: BOS, two around the question, two around the answer."""
+    texts = [json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * n}]})
+             for n in (4, 10, 94)]
+    dataset = tmp_path / "d"
+    write_dataset(Listed([Raw(text, "", f"{i} {text}") for text in texts for i in range(40)]), dataset,
+                  WriteOptions(val_share=0.3, max_chars=None, column="conversation"))
+    tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
+    tokenizer.save(tmp_path / "tokenizer")
+    train = stats(dataset, tokenizer, 99)["train"]["tokens"]
+    assert (train["min"], train["median"], train["max"]) == (10, 16, 100)
+    longer = {length: sum(split["longer_than_a_row"] for split in stats(dataset, tokenizer, length).values())
+              for length in (99, 98, 15, 14, 9, 8)}
+    assert longer == {99: 0, 98: 40, 15: 40, 14: 80, 9: 80, 8: 120}
+    done = run("scripts.data", "stats", dataset, "--tokenizer", tmp_path / "tokenizer", "--sequence-len", "14")
+    told = re.findall(r"(\d+) documents are longer than a row of 14", done.stdout)
+    assert sum(map(int, told)) == 80, done.stderr
+    done = run("scripts.data", "stats", dataset, "--sequence-len", "14")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    (tmp_path / "text").mkdir()
+    rewrite(tmp_path / "text" / "a.parquet", ["a" * 9, "b" * 10])
+    assert stats(tmp_path / "text", tokenizer, 9)["."]["longer_than_a_row"] == 1                        # control
 
 
 def test_samples_depend_on_the_seed(dataset: Path) -> None:

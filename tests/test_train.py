@@ -259,20 +259,20 @@ def test_what_ranks_do_not_agree_on_is_never_saved(data: Path, tmp_path: Path, a
 def masked(world: World, experiment: dict[str, Any], keep: int) -> list[list[float]]:
     """One step with the targets of all but the first `keep` positions of a row masked: two weights afterwards."""
     run = loop.build_run(experiment_from_dict(experiment, "test"), world)
-    real = training.backward_stages
+    real = training.backward
 
     def some(model: Any, ids: Any, targets: Any, *args: Any) -> Any:
         targets = targets.clone()
         targets[:, keep:] = -1
         return real(model, ids, targets, *args)
 
-    training.backward_stages = some
+    training.backward = some
     try:
         with run.loader as batches:
             losses = training.train_step(run.model, run.optimizer, next(batches)[0], 0, run.experiment.objective,
                                          run.schedule, run.plan, world, report_pool=False)
     finally:
-        training.backward_stages = real
+        training.backward = real
     first = next(b for b in run.optimizer.parcels if b.group.name == "heads").own[0].state["exp_avg"]
     return [[losses.loss, losses.grad_norm, float(losses.targets)], [float(first.norm())]]
 

@@ -15,8 +15,9 @@ SMALLEST_VOCAB = 256 + 9      # every byte, and the nine special tokens
 
 def check(exp: Experiment) -> list[str]:
     """Problems of an experiment whose fields are valid one by one, `key: what` a line; empty if there are none."""
-    return [*_shape(exp.model), *_stages(exp.model), *_objective(exp), *_batch(exp), *_data(exp.data),
-            *_folders(exp), *(p for i, cycle in enumerate(exp.schedule.cycles) for p in _cycle(i, cycle))]
+    return [*_shape(exp.model), *_stages(exp.model), *_specialists(exp.model), *_task(exp), *_objective(exp),
+            *_batch(exp), *_data(exp.data), *_folders(exp),
+            *(p for i, cycle in enumerate(exp.schedule.cycles) for p in _cycle(i, cycle))]
 
 
 def divisors(n: int) -> list[int]:
@@ -65,6 +66,41 @@ def _stages(m: ModelConfig) -> Iterator[str]:
     elif m.poe_stage_layers is not None and sum(m.poe_stage_layers) != m.n_layer:
         yield (f"model.poe_stage_layers: {_short(m.poe_stage_layers)} sums to {sum(m.poe_stage_layers)}, "
                f"n_layer is {m.n_layer}")
+
+
+def _specialists(m: ModelConfig) -> Iterator[str]:
+    for i, shape in enumerate(m.specialists):
+        if shape.parent is not None and shape.parent >= i:
+            yield (f"model.specialists.{i}.parent: {shape.parent} does not come before it; "
+                   f"null is the base{f', 0 to {i - 1} those before' if i else ''}")
+
+
+def _task(exp: Experiment) -> Iterator[str]:
+    """What each task needs, and what has no meaning in it."""
+    task, given = exp.task, {"init_from": exp.init_from, "specialist": exp.specialist}
+    needed = {"pretrain": None, "sft": "init_from", "specialist": "specialist"}[task]
+    for key, value in given.items():
+        if (value is not None) != (key == needed):
+            yield f"{key}: {'needed' if key == needed else 'must be null'} with task {task}"
+    if bool(exp.model.specialists) != (task == "specialist"):
+        yield f"model.specialists: {'needed' if task == 'specialist' else 'must be empty'} with task {task}"
+    if (exp.optim.embedding_lr is None) != (task == "specialist"):
+        yield (f"optim.embedding_lr: {'must be null' if task == 'specialist' else 'needed'} with task {task}, which "
+               f"trains {'no' if task == 'specialist' else 'the'} embeddings")
+    if task == "sft" and exp.data.kind != "conversations":
+        yield f"data.kind: task sft needs conversations, got {exp.data.kind}"
+    if task == "specialist" and (exp.objective.kind != "ce" or exp.objective.alpha):
+        yield "objective: a specialist has one loss, so kind must be ce and alpha 0"
+    if task == "specialist" and not _one_chain(exp.model):
+        yield "model.specialists: a run trains the end of one chain; every parent must be the specialist before"
+    if exp.specialist and exp.specialist.warm_start and len(exp.model.specialists) > 1:
+        yield "specialist.warm_start: must be false on another specialist, whose chat tokens it reads"
+    if exp.specialist and exp.specialist.cache_states and exp.data.replay_steps is None:
+        yield "specialist.cache_states: no row comes again without data.replay_steps; set it, or false"
+
+
+def _one_chain(m: ModelConfig) -> bool:
+    return [shape.parent for shape in m.specialists] == [None, *range(len(m.specialists) - 1)][:len(m.specialists)]
 
 
 def _short(items: tuple[int, ...]) -> str:
@@ -155,5 +191,6 @@ def _folders(exp: Experiment) -> Iterator[str]:
     if ".." in parts or exp.run_dir.startswith("~") or not any(p.strip(".") for p in parts):
         yield f"run_dir: {exp.run_dir!r} is not a safe folder; name one without '..' or '~', such as out/{exp.name}"
     inputs = [exp.tokenizer, *(s.path for s in (*exp.data.train, *exp.data.val))]
+    inputs += [exp.init_from.path] if exp.init_from else [exp.specialist.base] if exp.specialist else []
     if posixpath.normpath(exp.run_dir) in map(posixpath.normpath, inputs):
         yield f"run_dir: {exp.run_dir!r} is also read from; a run needs a folder of its own"

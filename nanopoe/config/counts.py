@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from nanopoe.config.layout import CHUNK_ELEMENTS, SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
+from nanopoe.config.layout import CHAT_TOKENS, CHUNK_ELEMENTS, SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
 from nanopoe.config.schema import Experiment, ModelConfig
 from nanopoe.config.shares import FLIGHT_BYTES, Kind, share_out, state_elements
 
@@ -22,25 +22,57 @@ def parameter_shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
     d, kv, vocab = m.n_embd, m.n_kv_head * layout.head_dim, layout.padded_vocab
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (vocab, d)}
     for i in range(m.n_layer):
-        attn, mlp = f"transformer.h.{i}.attn", f"transformer.h.{i}.mlp"
-        shapes |= {f"{attn}.c_q.weight": (d, d), f"{attn}.c_k.weight": (kv, d), f"{attn}.c_v.weight": (kv, d),
-                   f"{attn}.c_proj.weight": (d, d)}
-        if i in layout.ve_layers:
-            shapes[f"{attn}.ve_gate.weight"] = (m.n_kv_head, VE_GATE_CHANNELS)
-        shapes |= {f"{mlp}.c_fc.weight": (layout.intermediate, d), f"{mlp}.c_proj.weight": (d, layout.intermediate)}
+        shapes |= block_shapes(m, f"transformer.h.{i}", i in layout.ve_layers)
     shapes |= {f"value_embeds.{i}.weight": (vocab, kv) for i in layout.ve_layers}
     shapes["lm_head.weight"] = (vocab, d)
     shapes |= {f"lm_head_stages.{k}.weight": (vocab, d) for k in range(layout.stage_heads)}
-    return shapes | {"resid_lambdas": (m.n_layer,), "x0_lambdas": (m.n_layer,),
-                     "smear_gate.weight": (1, SMEAR_CHANNELS), "smear_lambda": (1,), "backout_lambda": (1,)}
+    shapes |= {"resid_lambdas": (m.n_layer,), "x0_lambdas": (m.n_layer,),
+               "smear_gate.weight": (1, SMEAR_CHANNELS), "smear_lambda": (1,), "backout_lambda": (1,)}
+    if m.specialists:
+        shapes["chat_rows"] = (CHAT_TOKENS, d)
+    for i in range(len(m.specialists)):
+        shapes |= specialist_shapes(m, i)
+    return shapes
+
+
+def block_shapes(m: ModelConfig, block: str, ve: bool) -> dict[str, tuple[int, ...]]:
+    """Of the block named `block`, with a gate if it has value embeddings."""
+    layout = layout_of(m)
+    d, kv, attn, mlp = m.n_embd, m.n_kv_head * layout.head_dim, f"{block}.attn", f"{block}.mlp"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{attn}.c_q.weight": (d, d), f"{attn}.c_k.weight": (kv, d), f"{attn}.c_v.weight": (kv, d),
+        f"{attn}.c_proj.weight": (d, d)}
+    if ve:
+        shapes[f"{attn}.ve_gate.weight"] = (m.n_kv_head, VE_GATE_CHANNELS)
+    return shapes | {f"{mlp}.c_fc.weight": (layout.intermediate, d), f"{mlp}.c_proj.weight": (d, layout.intermediate)}
+
+
+def specialist_shapes(m: ModelConfig, i: int) -> dict[str, tuple[int, ...]]:
+    """Of specialist i, all of which is trained."""
+    n, name = m.specialists[i].n_layer, f"specialists.{i}"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for j in range(n):
+        shapes |= block_shapes(m, f"{name}.h.{j}", ve=False)
+    return shapes | {f"{name}.lm_head_stage.weight": (layout_of(m).padded_vocab, m.n_embd),
+                     f"{name}.resid_lambdas": (n,), f"{name}.x0_lambdas": (n,)}
+
+
+def trained_shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what training changes: of a model with specialists the last one, else all that a loss reads."""
+    if m.specialists:
+        return specialist_shapes(m, len(m.specialists) - 1)
+    return {name: shape for name, shape in parameter_shapes(m).items()
+            if name != "backout_lambda" or m.poe_mode == "none"}
 
 
 def group_of(name: str) -> str:
     """The group, one of GROUPS, that a parameter is counted in. ve_gate is a block matrix (SPEC 9)."""
-    if name.startswith("transformer.h."):
+    if name.startswith("transformer.h.") or (name.startswith("specialists.") and ".h." in name):
         return "matrices"
+    if name.endswith(".lm_head_stage.weight"):
+        return "stage_heads"
     for prefix, group in (("lm_head_stages.", "stage_heads"), ("lm_head.", "lm_head"), ("transformer.wte.", "wte"),
-                          ("value_embeds.", "value_embeds")):
+                          ("value_embeds.", "value_embeds"), ("chat_rows", "wte")):
         if name.startswith(prefix):
             return group
     return "scalars"
@@ -89,17 +121,31 @@ def forward_flops_per_stage(m: ModelConfig) -> list[int]:
 
 def flops_per_token(m: ModelConfig) -> int:
     """FLOPs of one trained token, forward and backward: three times the forward, i.e. 6 per element of a matmul
-    weight and use, and 12 H head_dim min(window, T) of attention per layer (PaLM's appendix B, arXiv 2204.02311)."""
-    return 3 * sum(forward_flops_per_stage(m))
+    weight and use, and 12 H head_dim min(window, T) of attention per layer (PaLM's appendix B, arXiv 2204.02311).
+
+    Of what is frozen below a specialist a token needs the forward pass, without heads."""
+    if not m.specialists:
+        return 3 * sum(forward_flops_per_stage(m))
+    blocks = [_specialist_flops(m, i) for i in layout_of(m).chains[-1]]
+    head = 2 * layout_of(m).padded_vocab * m.n_embd
+    below = sum(_block_flops(m, layout_of(m), i) for i in range(m.n_layer)) + sum(blocks[:-1])
+    return below + 3 * (blocks[-1] + head)
+
+
+def _specialist_flops(m: ModelConfig, i: int) -> int:
+    """Of one token forward through the blocks of specialist i."""
+    return m.specialists[i].n_layer * _dense_block_flops(m, layout_of(m), m.sequence_len)
 
 
 def _block_flops(m: ModelConfig, layout: Layout, layer: int) -> int:
+    gate = 2 * m.n_kv_head * VE_GATE_CHANNELS if layer in layout.ve_layers else 0
+    return _dense_block_flops(m, layout, layout.window_sizes[layer]) + gate
+
+
+def _dense_block_flops(m: ModelConfig, layout: Layout, window: int) -> int:
     kv = m.n_kv_head * layout.head_dim
     elements = 2 * m.n_embd**2 + 2 * m.n_embd * kv + 2 * m.n_embd * layout.intermediate
-    if layer in layout.ve_layers:
-        elements += m.n_kv_head * VE_GATE_CHANNELS
-    seen = min(layout.window_sizes[layer], m.sequence_len)
-    return 2 * elements + 4 * m.n_head * layout.head_dim * seen
+    return 2 * elements + 4 * m.n_head * layout.head_dim * min(window, m.sequence_len)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -125,7 +171,7 @@ def memory_per_rank(exp: Experiment, world_size: int) -> Memory:
     """Bytes of the fullest of `world_size` ranks (ZeRO-2): fp32 weights whole; of optimizer state and of the gradients
     summed over a step only what it owns, and whole gradients only on their way to their owners."""
     shapes = parameter_shapes(exp.model)
-    trained = {n: s for n, s in shapes.items() if n != "backout_lambda" or exp.model.poe_mode == "none"}
+    trained = trained_shapes(exp.model)
     kinds: dict[str, Kind] = {n: "muon" if group_of(n) == "matrices" else "adamw" for n in trained}
     summed, state = [0] * world_size, [0] * world_size
     for piece in share_out(trained, kinds, world_size):
@@ -148,7 +194,8 @@ def gradients_on_their_way(exp: Experiment, trained: dict[str, tuple[int, ...]],
     if micro_batches == world_size == 1:
         return 0
     sizes = {name: FP32 * math.prod(shape) for name, shape in trained.items()}
-    all_stages = ("lm_head.weight", "resid_lambdas", "x0_lambdas") if exp.model.poe_mode != "none" else ()
+    staged = exp.model.poe_mode != "none" and not exp.model.specialists
+    all_stages = ("lm_head.weight", "resid_lambdas", "x0_lambdas") if staged else ()
     shared = sum(sizes[name] for name in all_stages)
     if world_size == 1:
         return shared + max(sizes.values())
@@ -165,17 +212,19 @@ def activation_bytes(exp: Experiment) -> int:
     attention out, residual middle, its norm), q, k and v before and after rotation and norm, 2I of the MLP, in the
     compute dtype; the gradient of the residual stream and x0; logits in chunks (CHUNK_ELEMENTS). `flat` runs
     each stage's backward before the next forward and holds the largest stage only; `none` and `hier` hold all
-    layers. residual_logop also keeps the fp32 pool of all rows. The compute dtype `auto` counts as 2 bytes, on
-    `cpu` as 4.
+    layers, a specialist its own. residual_logop also keeps the fp32 pool of all rows. The compute dtype `auto` counts
+    as 2 bytes, on `cpu` as 4.
     """
     m, layout = exp.model, layout_of(exp.model)
     dtype, device = exp.runtime.compute_dtype, exp.runtime.device
     size = 4 if dtype == "float32" or (dtype == "auto" and device == "cpu") else 2
     rows = exp.batch.device_batch_size * m.sequence_len
     depth = max(len(layout.stage_layers(k)) for k in range(layout.n_stages)) if m.poe_mode == "flat" else m.n_layer
+    if m.specialists:
+        depth = m.specialists[-1].n_layer
     qkv = m.n_embd + 2 * m.n_kv_head * layout.head_dim
     per_token = depth * (5 * m.n_embd + 2 * qkv + 2 * layout.intermediate) + 2 * m.n_embd
-    if m.poe_mode == "hier":
+    if m.poe_mode == "hier" and not m.specialists:
         per_token += layout.n_stages * m.n_embd                       # gradients that wait at the boundaries
     head = min(rows * m.vocab_size, CHUNK_ELEMENTS) * HEAD_CHUNK_COPIES * FP32
     pool = rows * m.vocab_size * FP32 if exp.objective.kind == "residual_logop" else 0

@@ -9,6 +9,7 @@ from nanopoe.config.schema import ModelConfig
 
 VOCAB_MULTIPLE = 64      # rows of wte and heads are padded to this; logits are cropped
 SMEAR_CHANNELS = 24      # channels of x that open the smear gate
+CHAT_TOKENS = 8          # the last ids of the vocabulary: all special tokens but <|bos|>
 VE_GATE_CHANNELS = 12    # channels of norm(x) that open a value-embedding gate
 CHUNK_ELEMENTS = 1 << 24     # rows x vocabulary of one chunk of logits in training: 64 MiB in fp32
 
@@ -24,10 +25,19 @@ class Layout:
     intermediate: int
     padded_vocab: int
     stage_heads: int                   # additive heads beside the shared one, 0 or K
+    chains: tuple[tuple[int, ...], ...]     # of each specialist: those it stands on from the base up, and itself
 
     @property
     def n_stages(self) -> int:
+        """Stages of the base. Specialist i is stage n_stages + i wherever stages are counted on."""
         return len(self.boundaries)
+
+    def input_of(self, k: int) -> int:
+        """The stage whose boundary state stage k reads; -1 is the embedding."""
+        if k < self.n_stages:
+            return k - 1
+        below = self.chains[k - self.n_stages][:-1]
+        return self.n_stages + below[-1] if below else self.n_stages - 1
 
     def stage_layers(self, k: int) -> range:
         """Layers of stage k."""
@@ -56,7 +66,16 @@ def layout_of(m: ModelConfig) -> Layout:
         intermediate=m.intermediate_size or 4 * m.n_embd,
         padded_vocab=math.ceil(m.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         stage_heads=len(boundaries) if m.stage_heads else 0,
+        chains=specialist_chains(m),
     )
+
+
+def specialist_chains(m: ModelConfig) -> tuple[tuple[int, ...], ...]:
+    """Of each specialist the way from the base to it; parents come before their children."""
+    chains: list[tuple[int, ...]] = []
+    for i, shape in enumerate(m.specialists):
+        chains.append((i,) if shape.parent is None else (*chains[shape.parent], i))
+    return tuple(chains)
 
 
 def derived_windows(m: ModelConfig) -> tuple[int, ...]:

@@ -24,8 +24,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class SpecialistShape(Strict):
+    """A stage behind a frozen model (SPEC 8)."""
+
+    n_layer: Depth = Field(description="new blocks, full attention, no value embeddings")
+    parent: Count | None = Field(description="the specialist it stands on, by its place in the list; null = the base")
+
+
 class ModelConfig(Strict):
-    """Architecture (SPEC 1) and stages (SPEC 2)."""
+    """Architecture (SPEC 1), stages (SPEC 2) and specialists (SPEC 8). All but `specialists` is of the base."""
 
     n_layer: Depth
     n_embd: Size
@@ -46,6 +53,13 @@ class ModelConfig(Strict):
         description="layers with value embeddings; null derives them from n_layer (truncated models say it)")
     window_sizes: tuple[Size, ...] | None = Field(
         default=None, description="left window of each layer in tokens; null derives them from window_pattern")
+    specialists: tuple[SpecialistShape, ...] = Field(
+        default=(), description="stages on the frozen base, each behind its parent; a specialist task trains the last")
+
+    @property
+    def base(self) -> ModelConfig:
+        """The model without its specialists."""
+        return self.model_copy(update={"specialists": ()})
 
 
 class ObjectiveConfig(Strict):
@@ -85,6 +99,9 @@ class DataConfig(Strict):
     json_layout_prob: Fraction | None = Field(
         default=None, description="conversations: share of those with tools whose JSON is laid out anew, with indent "
                                   "4, indent 2 or compact; null for text")
+    replay_steps: Positive | None = Field(
+        default=None, description="the order of batches begins anew every so many steps: later passes read the very "
+                                  "same rows, so that what a frozen base computed for them can be kept")
 
 
 class BatchConfig(Strict):
@@ -111,7 +128,7 @@ class OptimConfig(Strict):
     """Learning rates before scaling; the group table is nanopoe/optim/groups.py (SPEC 9)."""
 
     matrix_lr: Rate
-    embedding_lr: Rate
+    embedding_lr: Rate | None = Field(description="null with task specialist, which trains no embedding")
     unembedding_lr: Rate
     scalar_lr: Rate
     weight_decay: NonNegative = Field(description="Muon, before the two scalings; cosine to 0 over a cycle")
@@ -119,6 +136,25 @@ class OptimConfig(Strict):
         description="rates times sqrt(batch / this), decay likewise; null = no scaling")
     reference_scaling_params: Positive | None = Field(
         description="decay times this / scaling parameters of the model; null = no scaling")
+
+
+class StartConfig(Strict):
+    """Weights to start from. Their optimizer state, step and data position are not taken."""
+
+    path: str = Field(min_length=1, description="folder of a run")
+    step: Count | None = Field(description="its checkpoint; null = the newest there is at the first start")
+
+
+class SpecialistConfig(Strict):
+    """What the last of model.specialists is trained on; the tensors of it all stay as they are."""
+
+    base: str = Field(min_length=1, description="folder of a run, of a specialist's run, or of a delta")
+    base_step: Count | None = Field(description="its checkpoint; null = the newest at the first start, or a delta")
+    warm_start: bool = Field(description="give the chat tokens the embeddings of words that mean about the same, once; "
+                                         "false where the base has learned them")
+    cache_states: bool = Field(
+        default=False, description="keep what the frozen part computed for a row in RUN/cache and read it when the row "
+                                   "comes again (data.replay_steps); the same bits, for disk space")
 
 
 class RuntimeConfig(Strict):
@@ -177,6 +213,11 @@ class Experiment(Strict):
     run_dir: str | None = Field(default=None, description="null means out/<name>")
     seed: Count
     tokenizer: str = Field(description="folder written by scripts.train_tokenizer")
+    task: Literal["pretrain", "sft", "specialist"] = Field(
+        default="pretrain", description="sft trains all weights of init_from on; specialist trains the last of "
+                                        "model.specialists on a frozen base")
+    init_from: StartConfig | None = Field(default=None, description="sft: the weights to start from")
+    specialist: SpecialistConfig | None = None
     model: ModelConfig
     objective: ObjectiveConfig
     data: DataConfig

@@ -93,9 +93,10 @@ def sharegpt(record: Record) -> Conversation:
     messages: list[Record] = []
     for i, turn in enumerate(list_field(record, "conversations")):
         where = f"conversations.{i}"
-        if turn.get("from") not in _SHAREGPT:
-            raise bad(where, f"from {str(turn.get('from'))[:80]!r} is not known")
-        role, value = _SHAREGPT[turn["from"]], text_field({f"{where}.value": turn.get("value")}, f"{where}.value", True)
+        said_by = str(turn.get("from"))
+        if said_by not in _SHAREGPT:
+            raise bad(where, f"from {said_by[:80]!r} is not known")
+        role, value = _SHAREGPT[said_by], text_field({f"{where}.value": turn.get("value")}, f"{where}.value", True)
         if role == "system" and i == 0:
             messages += system(value)
         elif role == "call":

@@ -2,6 +2,7 @@
 
 RUN/audit/rank_N.jsonl holds, in the order of steps:
   {"begin": step, ..}              a life of the run: sizes, sources, and the state of the rank's lanes at its start
+  {"begin": step, "again": true}   the same where a pass of data.replay_steps begins; the state is that which it leaves
   {"step": step, "rows": [[row in the global batch, [[source, epoch, ordinal, offset, taken, length], ..]], ..]}
   {"end": step, "lanes": ..}       the state of the lanes where the life ended in order
 Lines after the checkpoint that a run goes on from are dropped, whatever number of ranks wrote them.
@@ -40,8 +41,11 @@ class AuditWriter:
 
     def write(self, position: dict[str, Any], rows: list[AuditedRow]) -> None:
         """The rows of the step that leads to `position`."""
+        before, replay_steps = position["step"] - 1, self._header["fingerprint"]["replay_steps"]
         if self._fd is None:
             self._open()
+        elif self._last is not None and replay_steps is not None and before % replay_steps == 0:
+            self._begin({"begin": before, "again": True, "lanes": self._last["lanes"]})
         self._append({"step": position["step"], "rows": rows})
         self._last = position
 
@@ -64,7 +68,10 @@ class AuditWriter:
             self._fd = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise _refused(error, own) from error
-        self._append({"begin": begin, "rank": self._rank, "world_size": self._world_size, **self._header})
+        self._begin({"begin": begin, "again": False})
+
+    def _begin(self, head: dict[str, Any]) -> None:
+        self._append({**head, "rank": self._rank, "world_size": self._world_size, **self._header, **head})
 
     def _append(self, record: dict[str, Any]) -> None:
         assert self._fd is not None, "closed"
@@ -98,6 +105,7 @@ def check_audit(run_dir: str | Path) -> AuditResult:
     Every step must have each row of the global batch once. A document must be placed once: with bestfit_split and
     concat every token of it, in order. Wherever the state of the lanes is known (when a life began, and at an end in
     order), what was read, by the order of documents that seed and files give, must be placed or waiting: no gaps.
+    With data.replay_steps that holds for each pass, and a step that replays another must have the same rows.
     """
     folder = Path(run_dir) / AUDIT
     files = _rank_files(folder)
@@ -106,20 +114,26 @@ def check_audit(run_dir: str | Path) -> AuditResult:
     result = AuditResult(folder)
     lives = _lives(files, result)
     book: Book | None = None
+    since = 0
     for i, life in enumerate(lives):
-        if not life.complete(result):
+        until = lives[i + 1].begin if i + 1 < len(lives) else None
+        if not life.complete(until is None, result):
             book = None
             continue
         header, state = life.headers[0], life.state()
         if book is None or not book.goes_on(header):
             if book is not None:
-                result.notes.append(f"the data were changed after step {life.begin}: the account begins anew")
+                result.notes.append(f"data or batch were changed after step {life.begin}: the account begins anew")
             book = Book(header, state, result)
         else:
             book.settle(state, life.begin)
-        until = lives[i + 1].begin if i + 1 < len(lives) else None
+            book.begin_pass(life.begin, state)
         last = _follow(life, until, book, result)
-        result.lives.append(f"steps {life.begin + 1} to {last} on {life.world_size} rank{'s' * (life.world_size > 1)}")
+        if header["again"] and result.lives:
+            result.lives.pop()                               # of the same ranks, from `since` on
+        else:
+            since = life.begin
+        result.lives.append(f"steps {since + 1} to {last} on {life.world_size} rank{'s' * (life.world_size > 1)}")
         if until is None:
             _end(life, last, book, result)
     if book is not None:
@@ -139,9 +153,11 @@ class Life:
     def world_size(self) -> int:
         return next(iter(self.headers.values()))["world_size"]
 
-    def complete(self, result: AuditResult) -> bool:
+    def complete(self, is_last: bool, result: AuditResult) -> bool:
         missing = sorted(set(range(self.world_size)) - set(self.headers))
-        if missing:
+        if missing and is_last and next(iter(self.headers.values()))["again"]:
+            result.notes.append(f"the pass from step {self.begin} is not there of {_ranks(missing)}: not counted")
+        elif missing:                                        # else killed, when some ranks had begun it, some not
             result.problem(f"life from step {self.begin}: no lines of {_ranks(missing)}")
         return not missing
 
@@ -201,8 +217,7 @@ def _follow(life: Life, until: int | None, book: Book, result: AuditResult) -> i
         found = [head["rows"] for rank, head in enumerate(heads) if rank not in lacking]
         rows = sorted((row for part in found for row in part), key=lambda row: row[0])
         _check_rows(step, [j for j, _ in rows], book.rows_per_step, result)
-        for j, pieces in rows:
-            book.row(step, j, pieces)
+        book.enter(step, rows)
         heads = [head if rank in lacking else _next_step(streams[rank]) for rank, head in enumerate(heads)]
         result.steps += 1
     raise AssertionError

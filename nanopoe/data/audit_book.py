@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ class AuditResult:
     cropped: int = 0
     cropped_documents: int = 0
     waiting: int = 0
+    replayed: int = 0               # steps whose rows are those of an earlier step, as data.replay_steps wants it
     epochs: dict[str, Counter[int]] = field(default_factory=dict)       # source -> documents placed by epoch
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -49,6 +52,9 @@ class AuditResult:
                  f"{self.placed:,} tokens placed", *(f"  {life}" for life in self.lives)]
         lines += [f"  source '{source}': " + ", ".join(f"epoch {e} {n:,}" for e, n in sorted(by_epoch.items()))
                   for source, by_epoch in sorted(self.epochs.items())]
+        if self.replayed:
+            lines.append(f"  {self.replayed:,} of these steps replay the rows of earlier ones, as data.replay_steps "
+                         "asks: each pass over them is counted")
         lines.append(f"  cropped: {self.cropped:,} tokens of {self.cropped_documents:,} documents; "
                      f"still in buffers: {self.waiting:,} documents")
         lines += [f"note: {note}" for note in self.notes]
@@ -60,14 +66,23 @@ class AuditResult:
 
 
 class Book:
-    """The account of documents since the data were last changed on purpose."""
+    """The account of documents since the data were last changed on purpose; with replay_steps of one pass at a time."""
 
     def __init__(self, header: dict[str, Any], lanes: dict[str, Any], result: AuditResult):
         self.result, self.fingerprint = result, header["fingerprint"]
+        self.replay_steps = self.fingerprint["replay_steps"]
+        self.seen: dict[int, bytes] = {}                     # by step within a pass: a hash of its rows
         self.rows_per_step, self.n_lanes = header["rows_per_step"], header["fingerprint"]["lanes"]
         self.row_len = header["fingerprint"]["sequence_len"] + 1
         self.packing = header["fingerprint"]["packing"]
         self.orders = _orders(header)
+        self._open(lanes if not self._at_edge(header["begin"]) else _beginning(lanes))
+
+    def _at_edge(self, step: int) -> bool:
+        return self.replay_steps is not None and step % self.replay_steps == 0
+
+    def _open(self, lanes: dict[str, Any]) -> None:
+        """An empty account, the lanes in these states."""
         self.placed: dict[Ref, tuple[int, int]] = {}         # tokens placed of a document, of how many
         self.lane_of: dict[Ref, int] = {}
         self.read: set[Ref] = set()                          # as of the last known state of the lanes
@@ -84,11 +99,29 @@ class Book:
         self.due |= self.read
 
     def goes_on(self, header: dict[str, Any]) -> bool:
-        return header["fingerprint"] == self.fingerprint
+        return header["fingerprint"] == self.fingerprint and header["rows_per_step"] == self.rows_per_step
 
-    def row(self, step: int, j: int, pieces: Iterable[list]) -> None:
-        """Enter a row of step `step` (1 is the first)."""
-        where, lane, total = f"step {step} row {j}", ((step - 1) * self.rows_per_step + j) % self.n_lanes, 0
+    def begin_pass(self, begin: int, lanes: dict[str, Any]) -> None:
+        """Where a pass begins, after it was settled with what the one before has left: a new account."""
+        if self._at_edge(begin):
+            self._open(_beginning(lanes))
+
+    def enter(self, step: int, rows: list[list]) -> None:
+        """Enter step `step` (1 is the first): its rows [number, pieces], in order."""
+        if self.replay_steps is not None:
+            at, digest = (step - 1) % self.replay_steps, hashlib.blake2b(json.dumps(rows).encode()).digest()
+            if at not in self.seen:
+                self.seen[at] = digest
+            elif self.seen[at] == digest:
+                self.result.replayed += 1
+            else:
+                self.result.problem(f"step {step}: its rows are not those of the step it replays, {at + 1} of a pass")
+        for j, pieces in rows:
+            self._row(step, j, pieces)
+
+    def _row(self, step: int, j: int, pieces: Iterable[list]) -> None:
+        at = step - 1 if self.replay_steps is None else (step - 1) % self.replay_steps
+        where, lane, total = f"step {step} row {j}", (at * self.rows_per_step + j) % self.n_lanes, 0
         for i, (source, epoch, ordinal, offset, taken, length) in enumerate(pieces):
             ref = (source, epoch, ordinal)
             total += taken + (i == 0 and offset > 0 and self.packing == "bestfit_split")
@@ -159,6 +192,12 @@ class Book:
                 return
             yield order.find(epoch, int(number) + index * self.n_lanes)
             index += 1
+
+
+def _beginning(lanes: dict[str, Any]) -> dict[str, Any]:
+    """The lanes before they have read anything."""
+    return {number: {"cursors": {name: [0, 0] for name in lane["cursors"]}, "rest": None, "buffer": []}
+            for number, lane in lanes.items()}
 
 
 def _waiting(lane: dict[str, Any]) -> dict[Ref, int]:

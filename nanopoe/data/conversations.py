@@ -147,6 +147,9 @@ def _checked(kind: type[AnyConversation], value: Any, where: str, do: str | None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         at = ".".join(map(str, first["loc"]))
+        if first["type"] == "literal_error":                 # a role that is not known
+            raise DataError(f"{at}: {str(first['input'])[:80]!r} is not known, there are {first['ctx']['expected']}",
+                            where, do) from error
         raise DataError(f"{at}: {first['msg']}" if at else first["msg"], where, do) from error
 
 

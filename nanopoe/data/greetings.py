@@ -48,6 +48,12 @@ def with_other_greeting(text: str, where: str, seed: int = 0) -> str | None:
     return canonical(conversation.model_copy(update={"messages": messages}), where)
 
 
+def without_greeting(text: str) -> str:
+    """`text` without an opening greeting and the punctuation behind it."""
+    opening = _OPENING.match(text)
+    return text if opening is None else text[opening.end():].lstrip(" ,.!")
+
+
 def _title(words: str) -> str:
     """str.title, which would make "What'S up" of an apostrophe."""
     return " ".join(word.capitalize() for word in words.split(" "))

@@ -163,9 +163,10 @@ def transcript(turns: Any) -> str | None:
 
 def _conversation(adapter: str, row: dict[str, Any], where: str) -> Raw | Bad:
     from nanopoe.data.adapters import conversations_of
+    from nanopoe.data.copies import copy_key
 
     try:
         found = list(conversations_of(adapter, [row]))
     except DataError as error:
         return Bad("no conversation", where, f" ({error.what})", error.do or "correct or remove it")
-    return Raw(found[0].text, where, found[0].group)
+    return Raw(found[0].text, where, found[0].group or copy_key(found[0].text))

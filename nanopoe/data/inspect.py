@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from nanopoe.data.conversations import parse_conversation
 from nanopoe.data.manifest import datasets_in, hash_error, listing_errors, read_manifest, rows_error
 from nanopoe.data.order import key64, unit
-from nanopoe.data.shards import Shard, open_shard, open_source, read_group
+from nanopoe.data.render import ChatTokenizer, encode_pieces, pieces
+from nanopoe.data.shards import CONVERSATION, Shard, open_shard, open_source, read_group
 from nanopoe.errors import DataError
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
-CountTokens = Callable[[list[str]], list[int]]       # texts -> tokens of each
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,18 @@ def splits_of(folder: Path) -> list[tuple[Path, str]]:
     return [(path, column) for path, column in found if path.is_dir()]
 
 
-def stats(folder: Path, count_tokens: CountTokens | None = None) -> dict[str, dict[str, Any]]:
-    """By folder of shards: documents, bytes of text, and mean and percentiles of lengths in characters (and tokens)."""
-    return {path.relative_to(folder).as_posix(): _stats(path, column, count_tokens)
+def stats(folder: Path, tokenizer: ChatTokenizer | None = None,
+          sequence_len: int | None = None) -> dict[str, dict[str, Any]]:
+    """By folder of shards: documents, bytes of text, and mean and percentiles of lengths in characters (and tokens).
+
+    The tokens of a conversation are those it is rendered to. With `sequence_len`, which needs the tokenizer: how many
+    documents are longer than a row of training.
+    """
+    return {path.relative_to(folder).as_posix(): _stats(path, column, tokenizer, sequence_len)
             for path, column in splits_of(folder)}
 
 
-def _stats(path: Path, column: str, count_tokens: CountTokens | None) -> dict[str, Any]:
+def _stats(path: Path, column: str, tokenizer: ChatTokenizer | None, sequence_len: int | None) -> dict[str, Any]:
     characters: list[np.ndarray] = []
     tokens: list[int] = []
     size = 0
@@ -89,15 +95,24 @@ def _stats(path: Path, column: str, count_tokens: CountTokens | None) -> dict[st
             for batch in read_group(shard, group, column):
                 size += pc.sum(pc.binary_length(batch)).as_py()
                 characters.append(pc.utf8_length(batch).to_numpy(zero_copy_only=False))
-                if count_tokens is not None:
-                    tokens += count_tokens(batch.to_pylist())
+                if tokenizer is not None:
+                    tokens += [_tokens(text, column, tokenizer, str(shard.path)) for text in batch.to_pylist()]
     found = {"documents": source.n_documents, "shards": len(source.shards), "text_bytes": size,
              "characters": _lengths(np.concatenate(characters))}
-    if count_tokens is not None:
+    if tokenizer is not None:
         counted = np.array(tokens)
         found |= {"tokens": {"sum": int(counted.sum()), **_lengths(counted)},
                   "bytes_per_token": size / max(1, int(counted.sum()))}
+    if sequence_len is not None:
+        row = sequence_len + (column == CONVERSATION)        # rows hold one more; a text has a BOS that is not counted
+        found["longer_than_a_row"] = sum(n > row for n in tokens)
     return found
+
+
+def _tokens(text: str, column: str, tokenizer: ChatTokenizer, where: str) -> int:
+    if column != CONVERSATION:
+        return len(tokenizer.encode(text))
+    return len(encode_pieces(tokenizer, pieces(parse_conversation(text, where), where)))
 
 
 def _lengths(values: np.ndarray) -> dict[str, float]:

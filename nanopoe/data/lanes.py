@@ -157,7 +157,8 @@ def make_all(make: MakeDocuments, wanted: Sequence[tuple[Source, int, int]]) -> 
 
 @dataclass
 class Counts:
-    """What a lane has done. `read` tokens of documents, `placed` ones in rows, `cropped` ones lost, `padded` places."""
+    """What a lane has done. `read` tokens of documents, `placed` ones in rows, `cropped` ones lost, `padded` places;
+    `truncated` documents, which had lost their front before they came into a buffer, those tokens cropped too."""
 
     rows: int = 0
     documents: int = 0
@@ -166,6 +167,7 @@ class Counts:
     placed: int = 0
     cropped: int = 0
     padded: int = 0
+    truncated: int = 0
 
 
 @dataclass
@@ -213,7 +215,8 @@ class Lane:
         if not self.packing.keeps_rest:            # else the places left are those of a second BOS
             counts.padded += self._row_len - total
             for document, _, taken in pieces:
-                counts.cropped += document.length - taken
+                counts.cropped += document.whole - taken
+                counts.truncated += document.dropped > 0
                 self.tokens[self.stream_of[document.source]] -= self._worth(document) - taken
 
     def _refill(self) -> None:
@@ -221,7 +224,7 @@ class Lane:
             document = self._next_document()
             if document is None:
                 return
-            self.counts.read += document.length
+            self.counts.read += document.whole
             self.tokens[self.stream_of[document.source]] += self._worth(document)
             self.buffer.add(document)
 

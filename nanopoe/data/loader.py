@@ -3,13 +3,16 @@
 Row j of step s comes from lane (s*B + j) mod V (B rows a step, V lanes). Micro-batch g of M holds the rows
 j = g (mod M); rank r of W runs the micro-batches g = r (mod W). With W | M and W | V every row of a rank comes from a
 lane l = r (mod W), so a rank reads, tokenizes and stores only its own lanes (RELIABILITY 3.5).
+
+With `replay_steps` = P the batch of step s is that of step s mod P: the lanes begin anew at every multiple of P.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +38,7 @@ from nanopoe.data.position import (
     LaneState,
     Position,
     check_position,
+    check_replay,
     empty_state,
     merge_positions,
     rebase_position,
@@ -55,7 +59,7 @@ from nanopoe.errors import ConfigError, DataError
 
 __all__ = ["Loader", "Sizes", "merge_positions", "open_sources", "summary", "train_loader"]
 
-PACKER_VERSION = 2              # raise it when the same inputs would give other rows
+PACKER_VERSION = 3              # raise it when the same inputs would give other rows
 PREFETCH_TOKENS = 1 << 19       # of a rank, ready in memory: decoding a row group stops nobody;
 PREFETCH_STEPS = 2, 256         # so many steps at least, and at most: each has a position
 
@@ -132,7 +136,8 @@ class Loader:
     conversations, all documents of all sources are shuffled together, each as often as its source's `repeat`; else the
     sources are mixed by weight. `tokenizer_digest` goes into the fingerprint of positions. `may_change` and `recount`:
     see `rebase_position`. `audit`: a folder to write to what every row was made of. `pinned`: rows lie in memory that a
-    GPU copies from without waiting.
+    GPU copies from without waiting. `replay_steps`: the lanes begin anew every so many steps; a position is then that
+    within the pass, at its end that of the end.
 
     Work is done in background threads; their errors are raised by `next`. Close it, or use it in a `with`.
     Raises DataError for data or a position that does not fit.
@@ -141,22 +146,25 @@ class Loader:
     def __init__(self, sources: Sequence[Source], make: MakeDocuments, bos_id: int, sizes: Sizes, *, packing: str,
                  seed: int, union: bool = False, start_step: int = 0, position: Position | None = None,
                  threads: int = 1, tokenizer_digest: str | None = None, may_change: Collection[str] = (),
-                 recount: bool = False, audit: Path | None = None, pinned: bool = False):
+                 recount: bool = False, audit: Path | None = None, pinned: bool = False,
+                 replay_steps: int | None = None):
         strands = ([Strand(ALL_SOURCES, 1.0, tuple(sources))] if union else
                    [Strand(source.name, source.weight, (source,)) for source in sources])
         check_lanes(strands, sizes.lanes)
         self.fingerprint = {"packer": PACKER_VERSION, "seed": seed, "lanes": sizes.lanes,
                             "sequence_len": sizes.sequence_len, "packing": packing, "tokenizer": tokenizer_digest,
-                            "bos_id": bos_id, "sources": {s.name: s.digest + f" x{s.repeat}" * union for s in sources}}
+                            "bos_id": bos_id, "replay_steps": replay_steps,
+                            "sources": {s.name: s.digest + f" x{s.repeat}" * union for s in sources}}
         if position is None:
             if start_step:
                 raise DataError(f"no data position for step {start_step}", "loader", "resume from a checkpoint")
             states = {lane: empty_state(strands) for lane in sizes.own_lanes}
         else:
-            position = rebase_position(position, self.fingerprint, strands, may_change, recount)
+            saved, position = position, rebase_position(position, self.fingerprint, strands, may_change, recount)
             states = check_position(position, self.fingerprint, start_step, sizes.own_lanes, strands)
+            check_replay(saved, position, start_step, sizes.rows_per_step)
         packer = Packer(strands, states, make, bos_id, sizes, packing, seed, threads, self.fingerprint,
-                        audit is not None, pinned)
+                        audit is not None, pinned, replay_steps)
         self._audit = None if audit is None else AuditWriter(audit, sizes.rank, sizes.world_size, packer.header(
             start_step))
         rank_rows = sizes.rows_per_step // sizes.world_size
@@ -211,19 +219,32 @@ class Packer:
     fingerprint: dict[str, Any]
     audited: bool
     pinned: bool
+    replay_steps: int | None
 
     def steps(self, step: int) -> Generator[Step, None, None]:
         """Steps `step`, `step` + 1, ... without end."""
+        if self.replay_steps is None:
+            yield from self._steps(count(step), self.states)
+            return
+        states = self.states
+        while True:
+            end = (step // self.replay_steps + 1) * self.replay_steps
+            if step % self.replay_steps == 0:
+                states = {number: empty_state(self.strands) for number in self.states}
+            yield from self._steps(range(step, end), states)
+            step = end
+
+    def _steps(self, steps: Iterable[int], states: dict[int, LaneState]) -> Generator[Step, None, None]:
+        """Those steps, the lanes in these states before the first."""
         pool = ThreadPoolExecutor(self.threads, "documents")
         try:
-            lanes = self._lanes(pool)
+            lanes = self._lanes(pool, states)
             sources = sources_of(self.strands)
             positions = {str(number): lane.position() for number, lane in lanes.items()}
-            while True:
+            for step in steps:
                 rows, pieces, used = self._step(step, lanes)
-                step += 1
                 positions = {**positions, **{str(number): lanes[number].position() for number in used}}
-                position = {"fingerprint": self.fingerprint, "step": step, "sources": sources, "lanes": positions}
+                position = {"fingerprint": self.fingerprint, "step": step + 1, "sources": sources, "lanes": positions}
                 block = torch.from_numpy(rows)
                 yield Step(block.pin_memory() if self.pinned else block, position, pieces)
         finally:
@@ -234,6 +255,8 @@ class Packer:
         s = self.sizes
         rows = np.empty((s.micro_batches // s.world_size, s.device_batch_size, s.sequence_len + 1), dtype=np.int32)
         audited, used = [], set()
+        if self.replay_steps is not None:
+            step %= self.replay_steps
         for j in range(s.rank, s.rows_per_step, s.world_size):
             g, slot = j % s.micro_batches, j // s.micro_batches
             number = (step * s.rows_per_step + j) % s.lanes
@@ -241,19 +264,19 @@ class Packer:
             assert pieces is not None, "a training stream never ends"
             used.add(number)
             if self.audited:
-                audited.append((j, [(*d.ref, offset, taken, d.length) for d, offset, taken in pieces]))
+                audited.append((j, [(*d.ref, offset, taken, d.whole) for d, offset, taken in pieces]))
         return rows, audited if self.audited else None, used
 
-    def _lanes(self, pool: Executor) -> dict[int, Lane]:
-        """Lanes in their states; documents in their buffers are read and made again."""
-        documents = self._buffered(pool)
+    def _lanes(self, pool: Executor, states: dict[int, LaneState]) -> dict[int, Lane]:
+        """Lanes in these states; documents in their buffers are read and made again."""
+        documents = self._buffered(pool, states)
         streams = {strand.name: Stream(strand, training_order(self.seed, strand.name, strand.parts), self.make, pool,
                                        self.threads, self.sizes.lanes, {lane: tuple(state["cursors"][strand.name])
-                                                                        for lane, state in self.states.items()})
+                                                                        for lane, state in states.items()})
                    for strand in self.strands}
         stream_of = {source.name: strand.name for strand in self.strands for source in strand.sources}
         lanes = {}
-        for number, state in self.states.items():
+        for number, state in states.items():
             lane = Lane(number, streams, stream_of, PACKINGS[self.packing], self.sizes.buffer_documents, self.bos_id,
                         dict(state["tokens"]), dict(state["placed"]), Counts(**state["counts"]))
             for ref in state["buffer"]:                          # in order of arrival, which breaks ties
@@ -267,10 +290,10 @@ class Packer:
             lanes[number] = lane
         return lanes
 
-    def _buffered(self, pool: Executor) -> dict[tuple[str, int, int], Document]:
+    def _buffered(self, pool: Executor, states: dict[int, LaneState]) -> dict[tuple[str, int, int], Document]:
         """The documents in the buffers, by (source, epoch, ordinal)."""
-        refs = {tuple(ref) for state in self.states.values() for ref in state["buffer"]}
-        refs |= {tuple(state["rest"][:3]) for state in self.states.values() if state["rest"] is not None}
+        refs = {tuple(ref) for state in states.values() for ref in state["buffer"]}
+        refs |= {tuple(state["rest"][:3]) for state in states.values() if state["rest"] is not None}
         sources = {source.name: source for strand in self.strands for source in strand.sources}
         wanted = [(sources[name], epoch, ordinal) for name, epoch, ordinal in sorted(refs, key=lambda r: (r[0], r[2]))]
         jobs = [pool.submit(make_all, self.make, wanted[i:i + JOB_DOCUMENTS])
@@ -278,7 +301,7 @@ class Packer:
         return {tuple(document.ref): document for job in jobs for document in job.result()}
 
     def header(self, start_step: int) -> dict[str, Any]:
-        """What an audit must know beside the pieces."""
+        """What an audit must know beside the pieces; at the begin of a pass the lanes are those of the one before."""
         return {"begin": start_step, "rows_per_step": self.sizes.rows_per_step, "fingerprint": self.fingerprint,
                 "groups": {source.name: source.group_rows for strand in self.strands for source in strand.sources},
                 "sources": sources_of(self.strands), "lanes": {str(k): state for k, state in self.states.items()}}
@@ -295,7 +318,7 @@ def train_loader(data: DataConfig, tokenizer: TokenizerLike, plan: PlanLike, *, 
                   maker(data, tokenizer, plan.sequence_len, seed, data.case_aug_prob, data.json_layout_prob or 0.0),
                   tokenizer.bos_id, sizes, packing=data.packing, seed=seed, union=data.kind == "conversations",
                   start_step=start_step, position=position, threads=threads, tokenizer_digest=tokenizer.digest,
-                  may_change=may_change, recount=recount, audit=audit, pinned=pinned)
+                  may_change=may_change, recount=recount, audit=audit, pinned=pinned, replay_steps=data.replay_steps)
 
 
 def maker(data: DataConfig, tokenizer: TokenizerLike, sequence_len: int, seed: int = 0, case_aug_prob: float = 0.0,

@@ -29,8 +29,14 @@ class Document:
     packing that keeps no rest."""
 
     ids: np.ndarray
-    length: int                # tokens of the whole document, BOS included
+    length: int                # tokens that can be placed, BOS included
     ref: Sequence[Any]         # source, epoch, ordinal: enough to read and tokenize it again
+    dropped: int = 0           # tokens left out when it was made: the front of a conversation that is too long
+
+    @property
+    def whole(self) -> int:
+        """Tokens of the document as it was found."""
+        return self.length + self.dropped
 
     @property
     def source(self) -> str:
@@ -157,7 +163,8 @@ def concat(row: np.ndarray, buffer: Buffer, refill: Callable[[], None], bos_id: 
 
 
 def bestfit_pad(row: np.ndarray, buffer: Buffer, refill: Callable[[], None], bos_id: int) -> list[Piece] | None:
-    """Whole documents, padded with ~bos_id to the end of the row; one longer than the row is cut to it."""
+    """Whole documents, padded with ~bos_id to the end of the row; one longer than the row, which Render makes none of,
+    is cut to it."""
     pieces: list[Piece] = []
     at = 0
     while at < len(row):

@@ -2,8 +2,10 @@
 
 {"fingerprint": what the order depends on, "step": steps made, "sources": {name: {stream, documents, repeat, weight}},
  "lanes": {number: {"cursors": {stream: [epoch, index]}, "tokens": {stream: n}, "placed": {source: n},
-                    "counts": {rows, documents, pieces, read, placed, cropped, padded},
+                    "counts": {rows, documents, pieces, read, placed, cropped, padded, truncated},
                     "rest": [source, epoch, ordinal, tokens placed] or null, "buffer": [[source, epoch, ordinal], ..]}}}
+
+With `replay_steps` in the fingerprint the lanes are those of the pass that `step` ends or lies in.
 """
 
 from __future__ import annotations
@@ -46,10 +48,13 @@ def summary(position: Position) -> dict[str, Any]:
     """What the lanes of a position have done, in short.
 
     utilisation: share of the places in rows that hold tokens; cropped: tokens lost of those that left the buffers;
-    padded: share of the places; documents, pieces, rows; sources: {name: {share: of the tokens placed, since the
-    mixture was last changed; weight: the share that was asked for (of conversations: of their number); epochs: read}}.
+    padded: share of the places; documents, pieces, rows; truncated: documents that had lost their front, being longer
+    than a row; cropped_tokens: theirs and those lost in packing; passes: over the same rows, null without replay_steps,
+    with which all else is of the last pass; sources: {name: {share: of the tokens placed, since the mixture was last
+    changed; weight: the share that was asked for (of conversations: of their number); epochs: read}}.
     """
     lanes, sources = position["lanes"], position["sources"]
+    replay_steps = position["fingerprint"]["replay_steps"]
     counts = {key: sum(lane["counts"][key] for lane in lanes.values()) for key in vars(Counts())}
     places = counts["rows"] * (position["fingerprint"]["sequence_len"] + 1)
     placed = {name: sum(lane["placed"][name] for lane in lanes.values()) for name in sources}
@@ -60,6 +65,8 @@ def summary(position: Position) -> dict[str, Any]:
         "cropped": counts["cropped"] / max(1, counts["placed"] + counts["cropped"]),
         "padded": counts["padded"] / places if places else 0.0,
         "rows": counts["rows"], "documents": counts["documents"], "pieces": counts["pieces"],
+        "truncated": counts["truncated"], "cropped_tokens": counts["cropped"],
+        "passes": None if replay_steps is None else position["step"] / replay_steps,
         "sources": {name: {"share": placed[name] / max(1, sum(placed.values())),
                            "weight": weights[name] / sum(weights.values()),
                            "epochs": _epochs(position, source["stream"]) * source["repeat"]}
@@ -148,6 +155,21 @@ def check_position(position: Position, fingerprint: dict[str, Any], start_step: 
         raise DataError(f"not in the form a loader writes ({type(error).__name__}: {error})", "data position",
                         "resume from a checkpoint of this program") from error
     return states
+
+
+def check_replay(saved: Position, position: Position, start_step: int, rows_per_step: int) -> None:
+    """DataError if a pass of `replay_steps` would go on with other data than it began with, or in other batches.
+
+    `position` is the saved one, or that for data that were changed on purpose.
+    """
+    replay_steps = position["fingerprint"]["replay_steps"]
+    if replay_steps is None or start_step % replay_steps == 0:
+        return
+    rows = sum(lane["counts"]["rows"] for lane in position["lanes"].values())
+    if position is not saved or rows != start_step % replay_steps * rows_per_step:
+        raise DataError(f"step {start_step} is within a pass of {replay_steps} steps, whose data and batches must stay "
+                        "as they are", "data.replay_steps",
+                        f"go on from a multiple of {replay_steps} with resume.step, or use another run_dir")
 
 
 def _same_keys(state: LaneState, empty: LaneState) -> bool:

@@ -8,11 +8,16 @@ The system message and the tools go in front of the first user text, two newline
 before their results; results stand inside the turn of the assistant. Only what the assistant writes is a target: its
 text, its calls with python_start and python_end, and assistant_end. Texts are ordinary text: the name of a special
 token in them never becomes that token.
+
+A conversation longer than a row loses its front, and is counted: whole turns (a user message and all up to the next),
+the oldest first, until the rest fits; the system message and the tools then stand in front of the first user text left.
+If the last turn alone is too long, it is cut from its front, behind BOS. So the last target always stays.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -118,7 +123,7 @@ def encode_pieces(tokenizer: ChatTokenizer, parts: Iterator[Piece]) -> np.ndarra
 
 @dataclass(frozen=True)
 class Render:
-    """Conversations of a source to documents. `max_tokens` (T+1) entries of each are kept; the length is of the whole.
+    """Conversations of a source to documents of at most `max_tokens` (T+1) tokens; how many were dropped is kept.
 
     Of a share `json_layout_prob` of the conversations with tools, by a hash of (seed, source, epoch, ordinal), the JSON
     of tools and calls is laid out with indent 4, indent 2 or compact, equally often: a model that was trained on one
@@ -144,8 +149,29 @@ class Render:
         if conversation.tools is not None and self.json_layout_prob > 0:
             draw = unit(key64(self.seed, "json layout", source.name, epoch), ordinal)
             layout = choose_layout(draw, self.json_layout_prob)
-        row = encode_pieces(self.tokenizer, pieces(conversation, where, layout))
-        return Document(row[:self.max_tokens].copy(), len(row), (source.name, epoch, ordinal))
+        row = self._row(conversation, where, layout)
+        kept = row if len(row) <= self.max_tokens else self._truncated(conversation, where, layout)
+        return Document(kept, len(kept), (source.name, epoch, ordinal), len(row) - len(kept))
+
+    def _row(self, conversation: Conversation, where: str, layout: dict[str, Any]) -> np.ndarray:
+        return encode_pieces(self.tokenizer, pieces(conversation, where, layout))
+
+    def _truncated(self, conversation: Conversation, where: str, layout: dict[str, Any]) -> np.ndarray:
+        """At most max_tokens entries of a conversation that is longer: its last turns, else the end of the last."""
+        shorter = list(without_oldest(conversation))         # by turns: the fewer, the fewer tokens
+        fits = bisect_left(shorter, True, key=lambda c: len(self._row(c, where, layout)) <= self.max_tokens)
+        if fits < len(shorter):
+            return self._row(shorter[fits], where, layout)
+        row = self._row(shorter[-1] if shorter else conversation, where, layout)
+        return np.concatenate([row[:1], row[len(row) - self.max_tokens + 1:]])
+
+
+def without_oldest(conversation: Conversation) -> Iterator[Conversation]:
+    """The conversation without its oldest turn, without its two oldest, ... down to its last turn."""
+    messages = conversation.messages
+    starts = [i for i, message in enumerate(messages) if message.role == "user"]
+    for start in starts[1:]:
+        yield conversation.model_copy(update={"messages": [*messages[:starts[0]], *messages[start:]]})
 
 
 def choose_layout(draw: float, prob: float) -> dict[str, Any]:
@@ -153,14 +179,14 @@ def choose_layout(draw: float, prob: float) -> dict[str, Any]:
     return LAYOUTS[int(draw / prob * len(LAYOUTS))] if draw < prob else ONE_LINE
 
 
-def render_prompt(tokenizer: ChatTokenizer, prompt: Conversation) -> list[int]:
+def render_prompt(tokenizer: ChatTokenizer, prompt: Conversation, layout: dict[str, Any] = ONE_LINE) -> list[int]:
     """Ids, none masked, after which the assistant writes: up to assistant_start, or to the last result of its calls.
 
     `prompt` is a Prompt (`prompt_of`, or `Conversation.prompt`); DataError if it ends with the assistant.
     """
     if prompt.messages[-1].role == "assistant":
         raise DataError("ends with an assistant message", "prompt", "leave it out with Conversation.prompt()")
-    row = encode_pieces(tokenizer, pieces(prompt, "prompt"))
+    row = encode_pieces(tokenizer, pieces(prompt, "prompt", layout))
     return np.where(row < 0, ~row, row).tolist()
 
 

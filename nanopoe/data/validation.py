@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanopoe.config import Experiment
 from nanopoe.data.lanes import Lane, MakeDocuments, Strand, Stream
+from nanopoe.data.loader import TokenizerLike, maker, open_sources
 from nanopoe.data.order import FileOrder, StreamOrder
 from nanopoe.data.packing import PACKINGS
 from nanopoe.data.shards import Source
+from nanopoe.dist import World
 from nanopoe.errors import DataError
 
 
@@ -20,12 +23,14 @@ from nanopoe.errors import DataError
 class EvalBatches:
     """Batches of one rank, int32 (b, T+1) with b <= device_batch_size; iterates over them.
 
-    `rows` and `rows_wanted` count over all ranks; fewer than wanted means that the split is too small.
+    `rows`, `rows_wanted` and `truncated` count over all ranks; fewer rows than wanted means that the split is too
+    small; `truncated` conversations in them had lost their front, being longer than a row.
     """
 
     batches: list[torch.Tensor]
     rows: int
     rows_wanted: int
+    truncated: int = 0
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.batches)
@@ -59,7 +64,21 @@ def eval_batches(sources: Sequence[Source], make: MakeDocuments, bos_id: int, *,
         raise DataError(f"the validation split does not fill one row of {sequence_len + 1} tokens",
                         ", ".join(source.name for source in sources), "add validation data")
     own = torch.from_numpy(np.stack(rows))[rank::world_size]
-    return EvalBatches(list(own.split(device_batch_size)) if len(own) else [], len(rows), rows_wanted)
+    return EvalBatches(list(own.split(device_batch_size)) if len(own) else [], len(rows), rows_wanted,
+                       lane.counts.truncated)
+
+
+def validation_by_source(experiment: Experiment, tokenizer: TokenizerLike, world: World,
+                         tokens: int | None = None) -> dict[str, EvalBatches]:
+    """This rank's rows of each source of the validation split alone, by its name: the first `tokens`
+    (evaluation.tokens by default) of each. DataError if one does not fill a single row."""
+    data, sequence_len = experiment.data, experiment.model.sequence_len
+    make = maker(data, tokenizer, sequence_len)
+    return {source.name: eval_batches(
+        [source], make, tokenizer.bos_id, packing=data.packing, tokens=tokens or experiment.evaluation.tokens,
+        sequence_len=sequence_len, device_batch_size=experiment.batch.device_batch_size,
+        buffer_documents=data.buffer_documents, rank=world.rank, world_size=world.size,
+        threads=torch.get_num_threads()) for source in open_sources(data.val, data.kind)}
 
 
 def _file_lane(sources: Sequence[Source], make: MakeDocuments, bos_id: int, packing: str, buffer_documents: int,

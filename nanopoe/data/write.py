@@ -111,10 +111,10 @@ class _Tally:
     bad: dict[str, int] = field(default_factory=dict)
     left_out: list[dict[str, str]] = field(default_factory=list)
 
-    def leave_out(self, document: Document, reason: str, counts: dict[str, int]) -> None:
+    def leave_out(self, document: Document, reason: str, counts: dict[str, int], detail: str = "") -> None:
         counts[reason] = counts.get(reason, 0) + 1
         if len(self.left_out) < EXAMPLES:
-            self.left_out.append({"where": document.where, "reason": reason})
+            self.left_out.append({"where": document.where, "reason": reason + detail})
 
 
 def _ingest(origin: Origin, units: list[Unit], options: WriteOptions, workers: int, partial: Partial,
@@ -178,7 +178,7 @@ class _Keep:
             if sum(tally.bad.values()) >= allowed:
                 raise document.bad.error(self.label, f"; --skip-bad {allowed} is used up" if allowed else
                                          ", or leave out at most N such rows with --skip-bad N")
-            tally.leave_out(document, document.bad.reason, tally.bad)
+            tally.leave_out(document, document.bad.reason, tally.bad, document.bad.detail)
             return True
         reason = document.skipped
         if reason is None and self.options.dedup and document.digest in self.hashes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from nanopoe.config.layout import SMEAR_CHANNELS, VE_GATE_CHANNELS, layout_of
@@ -20,15 +21,17 @@ AUTO_MAP = {
 
 
 def model_config(m: ModelConfig, special_ids: dict[str, int], dtype: str, name: str, step: int,
-                 calibration: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The dict of config.json; the layout is written out, so that no reader has to derive it. No null values."""
+                 calibration: dict[str, Any] | None = None, specialists: Sequence[str] = ()) -> dict[str, Any]:
+    """The dict of config.json; the layout is written out, so that no reader has to derive it. No null values but the
+    parents of specialists on the base. `specialists` are their names."""
     layout = layout_of(m)
     check_lookup(m)
-    short = sorted({w for w in layout.window_sizes if w < m.sequence_len})
+    windows = [*layout.window_sizes, *[m.sequence_len] * sum(shape.n_layer for shape in m.specialists)]
+    short = sorted({w for w in windows if w < m.sequence_len})
     if len(short) > 1:
         raise ConfigError(f"windows of {len(short)} sizes {short}", "export",
                           "transformers knows one sliding window per model: use one short size")
-    kinds = ["sliding_attention" if w in short else "full_attention" for w in layout.window_sizes]
+    kinds = ["sliding_attention" if w in short else "full_attention" for w in windows]
     bos = special_ids["<|bos|>"]
     config: dict[str, Any] = {
         "model_type": "nanopoe",
@@ -38,13 +41,13 @@ def model_config(m: ModelConfig, special_ids: dict[str, int], dtype: str, name: 
         "vocab_size": m.vocab_size,
         "hidden_size": m.n_embd,
         "intermediate_size": layout.intermediate,
-        "num_hidden_layers": m.n_layer + 1,                      # layer 0 looks up the previous token
+        "num_hidden_layers": len(windows) + 1,                   # layer 0 looks up the previous token
         "num_attention_heads": m.n_head,
         "num_key_value_heads": m.n_kv_head,
         "head_dim": layout.head_dim,
         "max_position_embeddings": m.sequence_len,
         "layer_types": ["sliding_attention" if short else "full_attention", *kinds],
-        "window_sizes": list(layout.window_sizes),
+        "window_sizes": windows,
         "value_embedding_blocks": list(layout.ve_layers),
         "poe_mode": m.poe_mode,
         "stage_boundaries": list(layout.boundaries),
@@ -64,6 +67,9 @@ def model_config(m: ModelConfig, special_ids: dict[str, int], dtype: str, name: 
         config["sliding_window"] = short[0] + 1                  # counts the token itself, our left window does not
     if m.poe_mode == "none":
         config["backout_block"] = m.n_layer // 2
+    if m.specialists:
+        config["specialists"] = [{"name": called, "blocks": shape.n_layer, "parent": shape.parent}
+                                 for called, shape in zip(specialists, m.specialists, strict=True)]
     return config | (calibrated(calibration, layout.n_stages) if calibration else {})
 
 

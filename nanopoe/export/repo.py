@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,46 +19,65 @@ from torch import Tensor
 from nanopoe.config.schema import ModelConfig
 from nanopoe.errors import ConfigError, StorageError
 from nanopoe.export.card import card
+from nanopoe.export.card_specialist import specialist_card
 from nanopoe.export.hub_config import generation_config, model_config
 from nanopoe.export.hub_tokenizer import hub_tokenizer, tokenizer_config
 from nanopoe.export.names import check_tensors, hub_shapes, to_hub
 from nanopoe.tokenizer import Tokenizer
 
 TEMPLATES = Path(__file__).parent / "hub_code"       # copied as they are
+Dtype = Literal["bfloat16", "float32"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 METADATA = {"format": "pt"}                          # the loader of transformers insists on it
 
 
 def export(m: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, out_dir: str | os.PathLike[str], *,
-           step: int, name: str, dtype: Literal["bfloat16", "float32"] = "bfloat16",
-           evaluation: dict[str, Any] | None = None, max_shard_size: str = "5GB", overwrite: bool = False) -> Path:
+           step: int, name: str, dtype: Dtype = "bfloat16", evaluation: dict[str, Any] | None = None,
+           specialists: Sequence[str] = (), tools: bool = False, max_shard_size: str = "5GB",
+           overwrite: bool = False) -> Path:
     """Write the repo of one checkpoint and return its folder.
 
     `tensors` are the model's, by our names (SPEC 1), on any device and of any float dtype; they are written in
     `dtype`, the rows that pad the vocabulary cropped. `evaluation` is the record of the step, for the card; what was
-    calibrated in it goes to config.json.
+    calibrated in it goes to config.json. `specialists` names those of the model; `tools`: the last one calls tools.
 
     Everything is written to a temporary folder beside `out_dir` and renamed at the end, so a failure leaves nothing.
     ConfigError when the tokenizer does not fit or `out_dir` is in use (`overwrite` replaces an earlier export and
     nothing else), CheckpointError for wrong tensors, DataError for a tokenizer that cannot be converted or a
     calibration that is none, StorageError when the disk refuses.
     """
-    out = Path(os.path.abspath(out_dir))
-    _check_target(out, out_dir, overwrite)
+    check_request(m, tokenizer, out_dir, dtype, overwrite)
+    limit = shard_bytes(max_shard_size)
+    check_tensors(m, tensors)
+    config = model_config(m, tokenizer.special_ids, dtype, name, step, (evaluation or {}).get("calibration"),
+                          specialists)
+    shapes = hub_shapes(m)
+    shards = plan_shards({name: math.prod(shape) * DTYPES[dtype].itemsize for name, shape in shapes.items()}, limit)
+    facts: dict[str, Any] = dict(name=name, step=step, repo=Path(os.path.abspath(out_dir)).name, dtype=dtype,
+                                 parameters=sum(math.prod(shape) for shape in shapes.values()))
+    readme = specialist_card(m, names=specialists, parent=None, tools=tools, evaluation=evaluation,
+                             **facts) if m.specialists else card(m, evaluation=evaluation, **facts)
+    return write_repo(m, tokenizer, out_dir, config, readme,
+                      lambda folder: _write_weights(folder, to_hub(m, tensors, DTYPES[dtype]), shards))
+
+
+def check_request(m: ModelConfig, tokenizer: Tokenizer, out_dir: str | os.PathLike[str], dtype: str,
+                  overwrite: bool) -> None:
+    """What can be refused before a tensor is read; ConfigError."""
+    _check_target(Path(os.path.abspath(out_dir)), out_dir, overwrite)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}", "export", f"use one of {', '.join(DTYPES)}")
     if tokenizer.vocab_size != m.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {m.vocab_size}", "export",
                           "use the tokenizer the model was trained with")
-    limit = shard_bytes(max_shard_size)
-    check_tensors(m, tensors)
-    config = model_config(m, tokenizer.special_ids, dtype, name, step, (evaluation or {}).get("calibration"))
+
+
+def write_repo(m: ModelConfig, tokenizer: Tokenizer, out_dir: str | os.PathLike[str], config: dict[str, Any],
+               readme: str, write_weights: Callable[[Path], None]) -> Path:
+    """Code, configuration, tokenizer, card and weights, all or nothing; the folder."""
+    out = Path(os.path.abspath(out_dir))
     hub = hub_tokenizer(tokenizer)
-    shapes = hub_shapes(m)
-    shards = plan_shards({name: math.prod(shape) * DTYPES[dtype].itemsize for name, shape in shapes.items()}, limit)
-    parameters = sum(math.prod(shape) for shape in shapes.values())
-    readme = card(m, name=name, step=step, repo=out.name, dtype=dtype, parameters=parameters, evaluation=evaluation)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -70,7 +89,7 @@ def export(m: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, 
         _write_json(partial / "tokenizer_config.json", tokenizer_config(m.sequence_len))
         hub.save(str(partial / "tokenizer.json"))
         (partial / "README.md").write_text(readme, encoding="utf-8")
-        _write_weights(partial, to_hub(m, tensors, DTYPES[dtype]), shards)
+        write_weights(partial)
         _publish(partial, out)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write the export: {getattr(error, 'strerror', None) or error}", out_dir,
@@ -109,13 +128,17 @@ def _write_weights(folder: Path, stream: Iterator[tuple[str, Tensor]], shards: l
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         held = dict(next(stream) for _ in names)
         assert list(held) == names
-        save_file(held, folder / file, metadata=METADATA)
-        shutil.copymode(folder / "config.json", folder / file)     # safetensors makes files for their owner alone
+        write_file(held, folder, file)
         weight_map |= dict.fromkeys(names, file)
         total += sum(t.nbytes for t in held.values())
     if len(shards) > 1:
         _write_json(folder / "model.safetensors.index.json",
                     {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_file(tensors: dict[str, Tensor], folder: Path, name: str) -> None:
+    save_file(tensors, folder / name, metadata=METADATA)
+    shutil.copymode(folder / "config.json", folder / name)         # safetensors makes files for their owner alone
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -5,6 +5,9 @@ boundary with its state, for as long as nothing behind it needs stage k; when so
 through in one chunk, and the keys and values of stage k are those that would be there anyway. Adaptive depth and
 speculation are made of this and nothing is approximated.
 
+With specialists the stages are a tree: what leaves a stage waits before every one that reads it, so that the base runs
+once for all siblings. A row may be kept to a part of the tree (`keep`).
+
 Tokens of several rows are packed, (N, D) with the rows one after another and no padding: prompts may have different
 lengths and rows may advance at different speeds.
 """
@@ -66,20 +69,22 @@ def merged(chunks: Sequence[Chunk]) -> Chunk:
 
 
 class Decoder:
-    """The state of `rows` texts of at most `capacity` tokens, in the first `depth` stages.
+    """The state of `rows` texts of at most `capacity` tokens, in `stages` (None: all) and those on the way to them.
 
     `rollback` is how many tokens `cut` may take back. Short-window layers keep their window, the rollback and a piece.
     """
 
-    def __init__(self, weights: Weights, rows: int, capacity: int, depth: int | None = None, rollback: int = 0):
+    def __init__(self, weights: Weights, rows: int, capacity: int, stages: Collection[int] | None = None,
+                 rollback: int = 0):
         w = self.weights = weights
-        self.depth = depth or w.n_stages
+        self.stages = w.way_to(range(len(w.heads)) if stages is None else stages)
+        self.after = {k: [j for j in self.stages if w.layout.input_of(j) == k] for k in self.stages}
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self.held = [[0] * rows for _ in range(self.depth)]              # positions of a row behind stage k
-        self.waiting: list[list[Chunk]] = [[] for _ in range(self.depth)]
-        n_layers = w.layout.boundaries[self.depth - 1] + 1
-        self.caches = [LayerCache(rows, w.config.n_kv_head, w.layout.head_dim, layer.window, rollback, capacity,
-                                  w.dtype, w.device) for layer in w.layers[:n_layers]]
+        self.held = {k: [0] * rows for k in self.stages}                 # positions of a row behind stage k
+        self.waiting: dict[int, list[Chunk]] = {k: [] for k in self.stages}
+        self.kept: dict[int, tuple[int, ...]] = {}                       # rows that do not go through all stages
+        self.caches = {i: LayerCache(rows, w.config.n_kv_head, w.layout.head_dim, w.layers[i].window, rollback,
+                                     capacity, w.dtype, w.device) for k in self.stages for i in w.stage_layers[k]}
         cos, sin = rotary_tables(torch.arange(capacity, device=w.device), w.layout.head_dim, w.dtype)
         self.cos, self.sin = torch.cat([cos, cos], -1)[:, None], torch.cat([sin, -sin], -1)[:, None]     # (C, 1, D)
 
@@ -111,19 +116,25 @@ class Decoder:
         """Take back all tokens of a row from position `length` on, wherever they are."""
         assert length <= len(self.tokens[row])
         del self.tokens[row][length:]
-        for held in self.held:
+        for held in self.held.values():
             held[row] = min(held[row], length)
-        self._keep_waiting(lambda r, p: r != row or p < length)
+        self._keep_waiting(self.stages, lambda r, p: r != row or p < length)
 
     def release(self, row: int) -> None:
         """A text has ended: what waits of it need not run."""
-        self._keep_waiting(lambda r, p: r != row)
+        self._keep_waiting(self.stages, lambda r, p: r != row)
 
-    def _keep_waiting(self, wanted: Callable[[int, int], bool]) -> None:
-        """Drop of what waits all tokens (row, position) that are not wanted."""
-        for k, chunks in enumerate(self.waiting):
+    def keep(self, row: int, stages: Collection[int]) -> None:
+        """From now on a row goes through `stages` only and those on the way to them, and through no other ever again:
+        what waits before others need not run."""
+        self.kept[row] = self.weights.way_to(stages)
+        self._keep_waiting([k for k in self.stages if k not in self.kept[row]], lambda r, p: r != row)
+
+    def _keep_waiting(self, stages: Collection[int], wanted: Callable[[int, int], bool]) -> None:
+        """Drop of what waits before `stages` all tokens (row, position) that are not wanted."""
+        for k in stages:
             kept = []
-            for c in chunks:
+            for c in self.waiting[k]:
                 index = [i for i, (r, p) in enumerate(zip(c.rows, c.positions, strict=True)) if wanted(r, p)]
                 if index:
                     kept.append(c.select(index))
@@ -140,8 +151,11 @@ class Decoder:
         else:
             x = self._stage_by_pieces(k, chunk, lengths)
         out = Chunk(chunk.rows, chunk.positions, chunk.ids, chunk.x0, x)
-        if k + 1 < self.depth:
-            self.waiting[k + 1].append(out)
+        for after in self.after[k]:
+            if not self.kept:
+                self.waiting[after].append(out)
+            elif going := [i for i, row in enumerate(out.rows) if after in self.kept.get(row, self.stages)]:
+                self.waiting[after].append(out.select(going))
         return out
 
     def _take(self, k: int, rows: Collection[int] | None) -> Chunk:
@@ -184,13 +198,12 @@ class Decoder:
         rope = self.cos[positions], self.sin[positions]
         even = all(s == (spans[0][0] + i, *spans[0][1:]) for i, s in enumerate(spans))
         x, middle = chunk.x, None
-        layers = w.layout.stage_layers(k)
-        for i, injected in zip(layers, (chunk.x0 * w.inject[k]).unbind(), strict=True):
+        for i, injected in zip(w.stage_layers[k], (chunk.x0 * w.inject[k]).unbind(), strict=True):
             x = torch.add(injected, x, alpha=w.layers[i].resid)
             x = self._block(w.layers[i], self.caches[i], x, chunk.ids, rope, spans, even)
             if i == w.config.n_layer // 2:
                 middle = x
-        if w.backout is not None:
+        if w.backout is not None and k < w.n_stages:
             assert middle is not None
             x = torch.sub(x, middle, alpha=w.backout)
         return x

@@ -35,7 +35,7 @@ def decode_speed(engine: Engine, prompt: Sequence[int], tokens: int, repeats: in
     rate = bandwidth(engine.weights.device)
     best = min(_seconds(lambda: engine.generate([prompt], max_new_tokens=tokens)) for _ in range(repeats))
     rate = max(rate, bandwidth(engine.weights.device))
-    read = engine.weights.bytes_read(engine.experts.depth, len(engine.experts.stages))
+    read = engine.weights.bytes_read(engine.experts.stages)
     return {"tokens_per_s": tokens / best, "bytes_per_token": read, "bandwidth": rate,
             "bound_tokens_per_s": rate / read, "of_bound": tokens / best * read / rate}
 
@@ -130,7 +130,7 @@ class _Timed:
         self.engine, self.prompt, self.tokens, self.mode = engine, prompt, tokens, mode
         self.best = float("inf")
         self.answer: list[int] = []
-        self.stats: SpeculativeStats | DepthStats | None = None
+        self.stats: Any = None
 
     def run(self) -> None:
         def once() -> None:

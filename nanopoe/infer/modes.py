@@ -9,6 +9,7 @@ from typing import Any
 
 from nanopoe.errors import ConfigError
 from nanopoe.infer.calibrate import LEAD_MAX, LEAD_P99, MAX, P99
+from nanopoe.infer.cascade import Route
 from nanopoe.infer.depth import Routed, Wand
 from nanopoe.infer.engine import Engine, Mode
 from nanopoe.infer.sampling import Sampling
@@ -22,10 +23,17 @@ BOUNDS = {"lead": LEAD_MAX, "lead_p99": LEAD_P99, "max": MAX, "p99": P99}
 MODES = """modes:
   full                 the pool of all stages
   stage:K prefix:N     one stage alone (from 0), or the first N pooled
-  compose:0=1,3=2      chosen stages, stage=weight
+  compose:0=1,3=2      chosen stages, stage=weight; of a cascade also compose:base=1,NAME=2
   wand                 adaptive depth: greedy, leaves as soon as later stages cannot change the token
   speculative          stage 0 drafts, the pool verifies: the same text, sooner
-  routed               stage 0 answers where it is confident: greedy"""
+  routed               stage 0 answers where it is confident: greedy
+of a cascade, a base with specialists, whose full is the last of them:
+  base                 the base, as if nothing stood on it
+  specialist[:NAME]    one of them (default: the last)
+  dual[:NAME]          the base and one of them pooled, with equal weights
+  route                the one of all these experts for whom the prompt has the lowest perplexity"""
+
+OF_A_BASE = ("wand", "speculative", "routed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +71,9 @@ def choose(weights: Weights, args: argparse.Namespace, calibration: Callable[[],
     """`calibration` is called only if the mode needs it. ConfigError for an unknown mode or one the model lacks."""
     view: View | Composition = View()
     mode: Mode | None = None
+    if weights.names and args.mode in OF_A_BASE:
+        raise ConfigError(f"{args.mode} is of a base alone, and this one has specialists", "--mode",
+                          "give the base's own run, without --with")
     if args.mode.startswith("compose:"):
         view = Composition.parse(args.mode.removeprefix("compose:"))
     elif args.mode == "wand":
@@ -71,6 +82,8 @@ def choose(weights: Weights, args: argparse.Namespace, calibration: Callable[[],
     elif args.mode == "routed":
         Routed.check_request(weights.config, sampling_of(args), args.alpha)
         mode = Routed(_threshold(args, calibration))
+    elif args.mode == "route":
+        mode = Route()
     elif args.mode == "speculative":
         mode = Speculative(_drafts(args.drafts), args.drafter)
     else:
@@ -78,7 +91,8 @@ def choose(weights: Weights, args: argparse.Namespace, calibration: Callable[[],
             view = View.parse(args.mode)
         except ConfigError:
             raise ConfigError(f"unknown mode {args.mode!r}", "--mode", "use full, stage:K, prefix:N, compose:K=W,.., "
-                              "wand, speculative or routed") from None
+                              "wand, speculative or routed; of a cascade base, specialist[:NAME], dual[:NAME] or "
+                              "route") from None
     engine = Engine(weights, view, alpha=args.alpha)
     if mode is not None:
         mode.check(weights.config, weights.n_stages, sampling_of(args), args.alpha)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from nanopoe.config.schema import ModelConfig
+from nanopoe.data.conversations import Function, prompt_of
+from nanopoe.data.render import render_prompt
 from nanopoe.errors import ConfigError
 from nanopoe.infer.batch import Emitted
 from nanopoe.tokenizer import Tokenizer
@@ -39,12 +41,22 @@ def check_context(ids: Sequence[int], config: ModelConfig, do: str) -> None:
         raise ConfigError(f"{len(ids)} tokens, the model was trained to see {config.sequence_len}", "prompt", do)
 
 
-def chat_ids(tokenizer: Tokenizer, turns: Iterable[tuple[str, Sequence[int] | None]]) -> list[int]:
+def question_ids(tokenizer: Tokenizer, question: str, tools: list[Function] | None = None) -> list[int]:
+    """A conversation that begins with `question`, up to where the answer is to come; `tools` can be called in it.
+
+    DataError for an empty question.
+    """
+    prompt = {"messages": [{"role": "user", "content": question}], "tools": tools}
+    return render_prompt(tokenizer, prompt_of(prompt, "prompt"))
+
+
+def chat_ids(tokenizer: Tokenizer, turns: Iterable[tuple[str, Sequence[int] | None]],
+             tools: list[Function] | None = None) -> list[int]:
     """Questions and the tokens of their answers, as conversations are trained; the last answer, None, is to come."""
-    special, ids = tokenizer.special_ids, [tokenizer.bos_id]
+    special = tokenizer.special_ids
+    ids: list[int] = []
     for question, answer in turns:
-        ids += [special["<|user_start|>"], *tokenizer.encode(question), special["<|user_end|>"],
-                special["<|assistant_start|>"]]
+        ids += question_ids(tokenizer, question, None if ids else tools)[bool(ids):]          # one <|bos|> is enough
         if answer is not None:
             ids += [*answer, special["<|assistant_end|>"]]
     return ids

@@ -1,23 +1,28 @@
 """The weights that decoding reads, made once from a model: converted, fused and folded.
 
 Queries, keys, values and the gates of value embeddings are one matrix, so a token costs one product instead of four.
-Shared and stage head are added up once. On a CPU every matrix is laid out anew, twice (Matrix), so let go of the model;
-elsewhere what needs no change shares its memory with it. What is copied does not follow later updates of the model.
+The heads that an expert adds up are one matrix, added in fp32: shared and stage head, and of a specialist all of its
+chain. Specialists (SPEC 8) are stages behind those of the base, n_stages + i, each a branch of a tree.
+
+On a CPU every matrix is laid out anew, twice (Matrix), so let go of the model; elsewhere what needs no change shares
+its memory with it. What is copied does not follow later updates of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanopoe.config.layout import VE_GATE_CHANNELS, layout_of
+from nanopoe.config.layout import CHAT_TOKENS, VE_GATE_CHANNELS, layout_of
 from nanopoe.config.schema import ModelConfig
-from nanopoe.model.gpt import GPT, QK_SCALE, SOFTCAP, Attention, Block, norm
+from nanopoe.errors import ConfigError
+from nanopoe.model.gpt import GPT, QK_SCALE, SOFTCAP, Attention, Block, Specialist, norm
 
 PANEL = 16               # outputs side by side: the product with one vector reads weights at the speed of the memory
 PACKED_FROM = 3          # vectors from which oneDNN's packed product is faster
@@ -84,35 +89,68 @@ class LayerWeights:
 
 
 class Weights:
-    """A model as the decoder reads it, in `dtype` (None: the model's compute dtype)."""
+    """A model as the decoder reads it, in `dtype` (None: the model's compute dtype).
+
+    `names` are those of its specialists, in the model's order; none: "0", "1" and so on. ConfigError for a wrong number
+    of names, or one that could not be told from something else.
+    """
 
     @torch.no_grad()
-    def __init__(self, model: GPT, dtype: torch.dtype | None = None):
+    def __init__(self, model: GPT, dtype: torch.dtype | None = None, names: Sequence[str] = ()):
         self.config, self.layout = model.config, model.layout
+        self.names = checked_names(names, len(model.config.specialists))
         self.dtype = dtype or model.compute_dtype
         self.device = model.lm_head.weight.device
-        self.embedding = cast(nn.Embedding, model.transformer["wte"]).weight
+        self.embedding = self._embedding(model)
         self.smear_gate = model.smear_gate.weight.to(self.dtype)
         self.smear_lambda = self._scalar(model.smear_lambda[0])
         self.backout = self._scalar(model.backout_lambda[0]) if model.config.poe_mode == "none" else None
         blocks = cast(nn.ModuleList, model.transformer["h"])
-        self.layers = [self._layer(model, cast(Block, block), i) for i, block in enumerate(blocks)]
-        self.inject = [model.x0_lambdas[self.layout.stage_layers(k)].to(self.dtype)[:, None, None].clone()
-                       for k in range(self.n_stages)]                                  # c_i of the layers of a stage
-        self.shared_head = not self.layout.stage_heads
-        folded = [Matrix(model.head_weight(k).to(self.dtype)) for k in range(1 if self.shared_head else self.n_stages)]
-        self.heads = folded * (self.n_stages if self.shared_head else 1)               # (V, d) each
+        self.layers = [self._layer(model, cast(Block, block), i, model.resid_lambdas[i])
+                       for i, block in enumerate(blocks)]
+        self.stage_layers = [self.layout.stage_layers(k) for k in range(self.n_stages)]    # their places in `layers`
+        inject = [model.x0_lambdas[layers] for layers in self.stage_layers]
+        for added in cast("Sequence[Specialist]", model.specialists if self.names else ()):
+            self.stage_layers.append(range(len(self.layers), len(self.layers) + len(added.h)))
+            self.layers += [self._layer(model, cast(Block, block), None, resid)
+                            for block, resid in zip(added.h, added.resid_lambdas, strict=True)]
+            inject.append(added.x0_lambdas)
+        self.inject = [c.to(self.dtype)[:, None, None].clone() for c in inject]        # c_i of the layers of a stage
+        shared = not self.layout.stage_heads
+        folded = [Matrix(model.head_weight(k).to(self.dtype)) for k in range(1 if shared else self.n_stages)]
+        self.heads = folded * (self.n_stages if shared else 1)                         # (V, d) each
+        self.heads += [Matrix(model.head_weight(self.n_stages + i).to(self.dtype)) for i in range(len(self.names))]
         self.attention_scale = QK_SCALE * QK_SCALE / self.layout.head_dim ** 0.5
 
     @property
     def n_stages(self) -> int:
+        """Stages of the base; specialist i is stage n_stages + i."""
         return self.layout.n_stages
+
+    def way_to(self, stages: Collection[int]) -> tuple[int, ...]:
+        """The stages that must run so that the states of `stages` are there, in an order in which they can."""
+        way: set[int] = set()
+        for k in stages:
+            while k >= 0 and k not in way:
+                way.add(k)
+                k = self.layout.input_of(k)
+        return tuple(sorted(way))
+
+    def _embedding(self, model: GPT) -> Tensor:
+        """(V', d); with specialists a copy in which the chat tokens have their rows."""
+        wte = cast(nn.Embedding, model.transformer["wte"]).weight
+        if not self.names:
+            return wte
+        wte = wte.detach().clone()
+        wte[self.config.vocab_size - CHAT_TOKENS:self.config.vocab_size] = model.chat_rows
+        return wte
 
     def _scalar(self, value: Tensor) -> float:
         """Rounded to the compute dtype, as the model does."""
         return float(value.to(self.dtype))
 
-    def _layer(self, model: GPT, block: Block, i: int) -> LayerWeights:
+    def _layer(self, model: GPT, block: Block, i: int | None, resid: Tensor) -> LayerWeights:
+        """Block i of the base, or one of a specialist (None)."""
         attn: Attention = block.attn
         rows = [attn.c_q.weight, attn.c_k.weight, attn.c_v.weight]
         values = None
@@ -126,38 +164,56 @@ class Weights:
             out=Matrix(attn.c_proj.weight.to(self.dtype)),
             fc=Matrix(block.mlp.c_fc.weight.to(self.dtype)), proj=Matrix(block.mlp.c_proj.weight.to(self.dtype)),
             values=values,
-            window=self.layout.window_sizes[i], resid=self._scalar(model.resid_lambdas[i]))
+            window=attn.window, resid=self._scalar(resid))
 
     # -- heads ----------------------------------------------------------------------------------------------------
 
     def logits(self, stages: Sequence[int], states: list[Tensor]) -> list[Tensor]:
-        """Boundary states (N, D) of `stages` -> their capped logits (N, V) + 15, fp32; a shared head is read once.
+        """Boundary states (N, D) of `stages` (rising) -> their capped logits (N, V) + 15, fp32; a shared head is read
+        once.
 
         15 tanh(z/15) + 15 is 30 sigmoid(2z/15), which a CPU has in a sixth of the time. Everything that reads
         these is blind to a constant.
         """
-        if self.shared_head and len(states) > 1:
-            return list(self._capped(torch.cat(states), self.heads[0]).split(states[0].size(0)))
-        return [self._capped(x, self.heads[k]) for k, x in zip(stages, states, strict=True)]
+        found: list[Tensor] = []
+        for _, group in groupby(zip(stages, states, strict=True), key=lambda pair: id(self.heads[pair[0]])):
+            which, xs = zip(*group, strict=True)
+            x = torch.cat(xs) if len(xs) > 1 else xs[0]
+            found += self._capped(x, self.heads[which[0]]).split([len(x) for x in xs])
+        return found
 
     def _capped(self, x: Tensor, head: Matrix) -> Tensor:
         return head(norm(x)).float().mul_(2 / SOFTCAP).sigmoid_().mul_(2 * SOFTCAP)
 
     # -- what a token costs ---------------------------------------------------------------------------------------
 
-    def bytes_read(self, depth: int, heads: int | None = None) -> int:
-        """Bytes of weights that a token reads which runs the first `depth` stages and `heads` of their heads (all)."""
-        layers = sum(layer.bytes for layer in self.layers[:self.layout.boundaries[depth - 1] + 1])
-        distinct = min(depth if heads is None else heads, 1 if self.shared_head else depth)
-        return layers + distinct * self.heads[0].nbytes
+    def bytes_read(self, stages: Collection[int]) -> int:
+        """Bytes of weights that a token reads which asks the experts of `stages`: the layers on the way to them and
+        their heads."""
+        heads = {id(self.heads[k]): self.heads[k].nbytes for k in stages}
+        layers = [self.layers[i] for k in self.way_to(stages) for i in self.stage_layers[k]]
+        return sum(layer.bytes for layer in layers) + sum(heads.values())
 
     def share(self, depth: int) -> float:
-        """Cost of a token of the first `depth` stages, with all their heads, relative to the whole model."""
+        """Cost of a token of the first `depth` stages, with all their heads, relative to the whole base."""
         return cost_share(self.config, depth)
 
 
+def checked_names(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """The names of `count` specialists; none given: their numbers."""
+    if not names:
+        return tuple(map(str, range(count)))
+    if len(names) != count:
+        raise ConfigError(f"{len(names)} names for {count} specialists", "names of specialists", "name each, once")
+    for i, name in enumerate(names):
+        if name == "base" or not name or name.isdecimal() or set(name) & set("=,:") or name in names[:i]:
+            raise ConfigError(f"{name!r} cannot name a specialist", "names of specialists",
+                              "use another for each, not base, not a number, without '=', ',' and ':'")
+    return tuple(names)
+
+
 def cost_share(config: ModelConfig, depth: int) -> float:
-    """What a token costs that runs the first `depth` stages and all their heads, relative to the whole model: by the
+    """What a token costs that runs the first `depth` stages and all their heads, relative to the whole base: by the
     elements of the matrices it reads, a shared head once. Gates are too small to count."""
     layout = layout_of(config)
     d, kv = config.n_embd, config.n_kv_head * layout.head_dim

@@ -2,6 +2,10 @@
 
 embed -> rmsnorm -> smear -> L blocks in K stages -> (BP: backout) -> rmsnorm -> untied head(s) -> 15*tanh(z/15)
 
+Specialists (SPEC 8) are more stages, K + i for the i-th: each reads the boundary state of the one it stands on, the
+last stage of the base or another specialist, and its head is added to those below it. They share all else with the
+base, whose tensors, value-embedding layers and windows they leave as they are.
+
 Shape letters: B batch, T time, D width, H heads, V vocabulary, K stages.
 """
 
@@ -15,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanopoe.config.layout import SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
+from nanopoe.config.layout import CHAT_TOKENS, SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
 from nanopoe.config.schema import ModelConfig
 from nanopoe.model.attention import attend, rotary_tables, rotate
 from nanopoe.model.pool import aggregate
@@ -42,19 +46,20 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        # contiguous: of a slice torch would choose the kernel, and so the last bits, by whether the weight is trainable
+        return F.linear(x.contiguous(), self.weight.to(x.dtype))
 
 
 class Attention(nn.Module):
-    def __init__(self, m: ModelConfig, layout: Layout, layer: int):
+    def __init__(self, m: ModelConfig, layout: Layout, window: int, ve: bool):
         super().__init__()
-        self.window, self.head_dim = layout.window_sizes[layer], layout.head_dim
+        self.window, self.head_dim = window, layout.head_dim
         self.n_head, self.n_kv_head = m.n_head, m.n_kv_head
         self.c_q = Linear(m.n_embd, m.n_head * self.head_dim)
         self.c_k = Linear(m.n_embd, m.n_kv_head * self.head_dim)
         self.c_v = Linear(m.n_embd, m.n_kv_head * self.head_dim)
         self.c_proj = Linear(m.n_embd, m.n_embd)
-        self.ve_gate = Linear(VE_GATE_CHANNELS, m.n_kv_head) if layer in layout.ve_layers else None
+        self.ve_gate = Linear(VE_GATE_CHANNELS, m.n_kv_head) if ve else None
 
     def forward(self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
         B, T, _ = x.shape
@@ -85,9 +90,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, m: ModelConfig, layout: Layout, layer: int):
+    def __init__(self, m: ModelConfig, layout: Layout, window: int, ve: bool):
         super().__init__()
-        self.attn = Attention(m, layout, layer)
+        self.attn = Attention(m, layout, window, ve)
         self.mlp = MLP(m, layout)
 
     def forward(self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -95,11 +100,31 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+class Specialist(nn.Module):
+    """Blocks behind a frozen model, and a head that is added to its (SPEC 8); as initialised it changes nothing.
+
+    They see all of the context and have no value embeddings: those of the base keep their layers. A BP base is left
+    behind its backout, at the state its head reads; the reference applies the base's backout after the new blocks.
+    """
+
+    def __init__(self, m: ModelConfig, layout: Layout, n_layer: int):
+        super().__init__()
+        self.h = nn.ModuleList(Block(m, layout, m.sequence_len, ve=False) for _ in range(n_layer))
+        self.lm_head_stage = Linear(m.n_embd, layout.padded_vocab)
+        self.resid_lambdas = nn.Parameter(torch.empty(n_layer))
+        self.x0_lambdas = nn.Parameter(torch.empty(n_layer))
+
+    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        for block, r, c in zip(self.h, self.resid_lambdas, self.x0_lambdas, strict=True):
+            x = block(r.to(x.dtype) * x + c.to(x.dtype) * x0, None, rope)
+        return x
+
+
 class GPT(nn.Module):
     """The whole model; `run_stage` and `stage_logits` are what training, evaluation and inference are made of.
 
     Build on any device (also "meta"), then `to_empty` and `init_weights` or load a state dict. `compute_dtype` is
-    the dtype of activations; the weights stay fp32.
+    the dtype of activations; the weights stay fp32. With specialists only the last of them is trainable.
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
@@ -108,7 +133,8 @@ class GPT(nn.Module):
         m, layout = config, self.layout
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(layout.padded_vocab, m.n_embd),
-            "h": nn.ModuleList(Block(m, layout, i) for i in range(m.n_layer)),
+            "h": nn.ModuleList(Block(m, layout, window, i in layout.ve_layers)
+                               for i, window in enumerate(layout.window_sizes)),
         })
         kv_dim = m.n_kv_head * layout.head_dim
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(layout.padded_vocab, kv_dim) for i in layout.ve_layers})
@@ -121,6 +147,12 @@ class GPT(nn.Module):
         self.smear_lambda = nn.Parameter(torch.empty(1))
         # No PoE loss reads the backout, so there it keeps its place in the state dict but is not trained (SPEC 1).
         self.backout_lambda = nn.Parameter(torch.empty(1), requires_grad=config.poe_mode == "none")
+        if m.specialists:
+            # The chat tokens' rows of wte, apart: the base's own stay what they were, and siblings share the rest.
+            self.chat_rows = nn.Parameter(torch.empty(CHAT_TOKENS, m.n_embd))
+            self.specialists = nn.ModuleList(Specialist(m, layout, shape.n_layer) for shape in m.specialists)
+            self.requires_grad_(False)
+            self.specialists[-1].requires_grad_(True)
 
     # -- initialisation ---------------------------------------------------------------------------------------
 
@@ -146,20 +178,37 @@ class GPT(nn.Module):
                 p.uniform_(-0.4 * bound, 0.4 * bound, generator=generator)
             elif name.endswith(("ve_gate.weight", "smear_gate.weight")):
                 p.uniform_(0.0, 0.02, generator=generator)
-            elif name.endswith("c_proj.weight") or name.startswith("lm_head_stages.") or name == "smear_lambda":
+            elif name.endswith(("c_proj.weight", "lm_head_stage.weight")) or name.startswith("lm_head_stages."):
                 p.zero_()
+            elif name.startswith("specialists."):
+                p.fill_(1.0 if name.endswith("resid_lambdas") else 0.0)
+            elif name == "smear_lambda":
+                p.zero_()
+            elif name == "chat_rows":
+                continue                                            # when wte is there
             elif name in ("resid_lambdas", "x0_lambdas"):
                 depth = torch.arange(L, dtype=torch.float32, device=p.device) / max(L - 1, 1)
                 p.copy_(1.15 - 0.10 * depth if name == "resid_lambdas" else 0.20 - 0.15 * depth)
             else:
                 assert name == "backout_lambda", name
                 p.fill_(0.2)
+        if self.config.specialists:
+            self.chat_rows.copy_(self.base_chat_rows())
+
+    def base_chat_rows(self) -> Tensor:
+        """(8, D): the chat tokens' embeddings as the base has them."""
+        wte = cast(nn.Embedding, self.transformer["wte"]).weight
+        return wte[self.config.vocab_size - CHAT_TOKENS:self.config.vocab_size]
 
     # -- the pieces -------------------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> x0 (B, T, D): embedding, norm, smear (each position adds a gated copy of the one before)."""
-        x = norm(self.transformer["wte"](ids).to(self.compute_dtype))
+        x = self.transformer["wte"](ids)
+        if self.config.specialists:
+            first = self.config.vocab_size - CHAT_TOKENS
+            x = torch.where((ids >= first).unsqueeze(-1), self.chat_rows[(ids - first).clamp(min=0)], x)
+        x = norm(x.to(self.compute_dtype))
         # lambda * gate(x_t) * x_{t-1}, with the *pre-smear* x_{t-1}; nothing comes before the first position
         now, before = x[:, 1:], x[:, :-1]
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(now[..., :SMEAR_CHANNELS]))
@@ -171,6 +220,8 @@ class GPT(nn.Module):
 
     def run_stage(self, k: int, x: Tensor, x0: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The blocks of stage k: residual stream x (B, T, D) at its entry -> at its boundary."""
+        if k >= self.layout.n_stages:
+            return cast(Tensor, self.specialists[k - self.layout.n_stages](x, x0, rope))
         middle, blocks = None, cast(nn.ModuleList, self.transformer["h"])
         for i in self.layout.stage_layers(k):
             x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
@@ -184,10 +235,15 @@ class GPT(nn.Module):
         return x
 
     def head_weight(self, k: int) -> Tensor:
-        """(V, D) fp32 of stage k: shared head plus stage head, since W_sh x + W_k x = (W_sh + W_k) x; cropped to V."""
-        weight = self.lm_head.weight
+        """(V, D) fp32 of stage k: shared head plus stage head, since W_sh x + W_k x = (W_sh + W_k) x; cropped to V.
+
+        Of a specialist: the head of the base's last stage plus those of its chain.
+        """
+        weight, last = self.lm_head.weight, self.layout.n_stages - 1
         if self.layout.stage_heads:
-            weight = weight + cast(Linear, self.lm_head_stages[k]).weight
+            weight = weight + cast(Linear, self.lm_head_stages[min(k, last)]).weight
+        for i in self.layout.chains[k - last - 1] if k > last else ():
+            weight = weight + cast(Specialist, self.specialists[i]).lm_head_stage.weight
         return weight[: self.config.vocab_size]
 
     def stage_logits(self, x: Tensor, k: int) -> Tensor:
@@ -197,7 +253,7 @@ class GPT(nn.Module):
     # -- the whole ---------------------------------------------------------------------------------------------
 
     def boundary_states(self, ids: Tensor) -> list[Tensor]:
-        """ids (B, T) -> the un-normed residual stream (B, T, D) at every boundary.
+        """ids (B, T) -> the un-normed residual stream (B, T, D) at every boundary, then behind every specialist.
 
         Without gradients cut: training does that in stages.py.
         """
@@ -206,11 +262,22 @@ class GPT(nn.Module):
         for k in range(self.layout.n_stages):
             x = self.run_stage(k, x, x0, ids, rope)
             states.append(x)
+        for i in range(len(self.config.specialists)):
+            k = self.layout.n_stages + i
+            states.append(self.run_stage(k, states[self.layout.input_of(k)], x0, ids, rope))
         return states
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> (B, T, V) fp32: capped logits of a BP model, pooled log-probabilities of a PoE one."""
+        """ids (B, T) -> (B, T, V) fp32: capped logits of a BP model or of the last specialist, pooled
+        log-probabilities of a PoE model."""
         states = self.boundary_states(ids)
+        if self.config.poe_mode == "none" or self.config.specialists:
+            return self.stage_logits(states[-1], len(states) - 1)
+        return self.base_scores(states)
+
+    def base_scores(self, states: list[Tensor]) -> Tensor:
+        """Boundary states -> (..., V) fp32 of the base alone, whatever stands on it."""
         if self.config.poe_mode == "none":
             return self.stage_logits(states[0], 0)
-        return aggregate([self.stage_logits(x, k).log_softmax(-1) for k, x in enumerate(states)])
+        return aggregate([self.stage_logits(x, k).log_softmax(-1)
+                          for k, x in enumerate(states[:self.layout.n_stages])])

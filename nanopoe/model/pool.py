@@ -21,32 +21,42 @@ from nanopoe.errors import ConfigError
 class View:
     """Which experts answer: all pooled (`full`), one alone (`stage`), or the first so many pooled (`prefix`).
 
-    `index` is the stage number (from 0), the prefix length (from 1), and 0 for full.
+    In a model with specialists: the `base` as if nothing stood on it, one `specialist`, or both pooled with equal
+    weights (`dual`); `full` is then the last specialist, as it is of the model's own forward pass. `index` is the stage
+    number (from 0) or the prefix length (from 1), else 0; `name` is that of the specialist, None for the last one.
     """
 
-    kind: Literal["full", "stage", "prefix"] = "full"
+    kind: Literal["full", "stage", "prefix", "base", "specialist", "dual"] = "full"
     index: int = 0
+    name: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> View:
-        """Read "full", "stage:2" or "prefix:3"; ConfigError on anything else."""
-        kind, _, number = text.partition(":")
-        if kind == "full" and text == "full":
-            return cls()
-        if kind in ("stage", "prefix") and number.isascii() and number.isdecimal():
-            return cls("stage" if kind == "stage" else "prefix", int(number))
-        raise ConfigError(f"unknown view {text!r}", do="use full, stage:K (from 0) or prefix:N (from 1)")
+        """Read "full", "stage:2", "prefix:3", "base", "specialist", "dual:NAME", ..; ConfigError on anything else."""
+        kind, colon, rest = text.partition(":")
+        if kind in ("full", "base") and not colon:
+            return cls(kind)                                                            # type: ignore[arg-type]
+        if kind in ("stage", "prefix") and rest.isascii() and rest.isdecimal():
+            return cls(kind, int(rest))                                                 # type: ignore[arg-type]
+        if kind in ("specialist", "dual") and bool(colon) == bool(rest):
+            return cls(kind, name=rest or None)                                         # type: ignore[arg-type]
+        raise ConfigError(f"unknown view {text!r}", do="use full, stage:K (from 0), prefix:N (from 1), base, "
+                                                       "specialist[:NAME] or dual[:NAME]")
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "full" else f"{self.kind}:{self.index}"
+        if self.kind in ("stage", "prefix"):
+            return f"{self.kind}:{self.index}"
+        return self.kind if self.name is None else f"{self.kind}:{self.name}"
 
     def stages(self, n_stages: int, poe_mode: str = "flat") -> range:
-        """The stages whose log-probabilities are pooled; the model must run up to the last of them.
+        """The stages of a base whose log-probabilities are pooled; the model must run up to the last of them.
 
-        ConfigError when a model of `n_stages` stages, or one trained without stage losses, has no such view.
+        ConfigError when a base of `n_stages` stages, or one trained without stage losses, has no such view.
         """
-        if self.kind == "full":
+        if self.kind in ("full", "base"):
             return range(n_stages)
+        if self.kind in ("specialist", "dual"):
+            raise ConfigError("the model has no specialists", f"view {self}", "load one with it")
         if poe_mode == "none":
             raise ConfigError("this model was trained without stage losses; only full is valid", f"view {self}")
         first = 1 if self.kind == "prefix" else 0

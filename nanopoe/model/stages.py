@@ -20,10 +20,10 @@ from nanopoe.model.loss import IGNORE, nats, stage_loss
 
 @dataclass(frozen=True)
 class MicroLosses:
-    """Of one micro-batch, sums in nats: `total` as minimised before scaling, `stages` (K,) plain cross-entropy."""
+    """Of one micro-batch, sums in nats: `total` as minimised before scaling, `stages` (K',) plain cross-entropy."""
 
     total: Tensor                # ()
-    stages: Tensor               # (K,)
+    stages: Tensor               # (K',)
     pool: Tensor | None          # () cross-entropy of the pooled expert, if asked for
     targets: Tensor              # () int64, unmasked
 
@@ -35,7 +35,13 @@ def stage_weight(n_stages: int, alpha: float) -> float:
 
 def shared_parameters(model: GPT) -> tuple[str, ...]:
     """Names of what every stage's backward adds to: their gradients are complete only when backward_stages returns."""
-    return ("lm_head.weight", "resid_lambdas", "x0_lambdas") if model.layout.n_stages > 1 else ()
+    several = model.layout.n_stages > 1 and not model.config.specialists
+    return ("lm_head.weight", "resid_lambdas", "x0_lambdas") if several else ()
+
+
+def trained_losses(model: GPT) -> int:
+    """K' of MicroLosses.stages: the stages of a base, or the one specialist that is trained."""
+    return 1 if model.config.specialists else model.layout.n_stages
 
 
 def backward_stages(model: GPT, ids: Tensor, targets: Tensor, objective: ObjectiveConfig, scale: float,

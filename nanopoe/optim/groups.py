@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
@@ -25,10 +26,11 @@ class Group:
 
 
 def group_name(parameter: str) -> str:
-    """The group a parameter belongs to, from its name."""
-    if parameter == "lm_head.weight" or parameter.startswith("lm_head_stages."):
+    """The group a parameter belongs to, from its name; those of a specialist are as those of a base."""
+    parameter = re.sub(r"^specialists\.\d+\.", "", parameter)
+    if parameter.startswith(("lm_head.", "lm_head_stages.", "lm_head_stage.")):
         return "heads"
-    if parameter.startswith("transformer.h."):
+    if parameter.startswith(("transformer.h.", "h.")):
         return "matrices"
     for prefix, group in (("transformer.wte.", "wte"), ("value_embeds.", "value_embeds"),
                           ("resid_lambdas", "resid_lambdas"), ("x0_lambdas", "x0_lambdas"),
@@ -49,10 +51,11 @@ def build_groups(trainable: Iterable[str], optim: OptimConfig, n_embd: int, toke
     batch = sqrt(tokens_per_step / optim.reference_batch_tokens) if optim.reference_batch_tokens else 1.0
     size = optim.reference_scaling_params / scaling_params if optim.reference_scaling_params else 1.0
     width = sqrt(768 / n_embd)
+    embedding_lr = optim.embedding_lr or 0.0                      # null where no embedding is trained
     table: dict[str, tuple[Kind, float, tuple[float, float], float]] = {      # kind, rate, betas, weight decay
         "heads": ("adamw", optim.unembedding_lr * width * batch, (0.8, 0.96), 0.01),
-        "wte": ("adamw", optim.embedding_lr * width * batch, (0.8, 0.995), 0.001),
-        "value_embeds": ("adamw", 0.5 * optim.embedding_lr * width * batch, (0.8, 0.995), 0.01),
+        "wte": ("adamw", embedding_lr * width * batch, (0.8, 0.995), 0.001),
+        "value_embeds": ("adamw", 0.5 * embedding_lr * width * batch, (0.8, 0.995), 0.01),
         "resid_lambdas": ("adamw", 0.01 * optim.scalar_lr * batch, (0.8, 0.95), 0.05),
         "x0_lambdas": ("adamw", optim.scalar_lr * batch, (0.96, 0.95), 0.0),
         "smear_backout": ("adamw", 0.2, (0.8, 0.95), 0.0),

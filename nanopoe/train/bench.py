@@ -16,7 +16,7 @@ from nanopoe.config.counts import flops_per_token, memory_per_rank
 from nanopoe.dist import World
 from nanopoe.model import GPT
 from nanopoe.model.loss import split_rows
-from nanopoe.model.stages import backward_stages
+from nanopoe.model.specialist import backward
 from nanopoe.optim import DistMuonAdamW
 from nanopoe.optim.groups import Group
 from nanopoe.optim.kernels import adamw_, muon_, second_moment_shape
@@ -38,27 +38,27 @@ def bench_step(experiment: Experiment, world: World, steps: int = 5) -> dict[str
     generator = torch.Generator().manual_seed(0)
     shape = (plan.micro_steps, plan.device_batch_size, plan.sequence_len + 1)
     rows = torch.randint(experiment.model.vocab_size, shape, generator=generator).to(world.device)
-    peak, backward, update = measured_peak(world.device, compute.dtype), [], []
+    peak, backwards, update = measured_peak(world.device, compute.dtype), [], []
     for step in range(steps + 1):
         start = clock(world)
         for batch in rows.unbind(0):
-            backward_stages(model, *split_rows(batch), experiment.objective, 1 / plan.tokens_per_step)
+            backward(model, *split_rows(batch), experiment.objective, 1 / plan.tokens_per_step)
             optimizer.take()
         middle = clock(world)
         optimizer.reduce()
         optimizer.update(1.0, 0.95, 1.0)
         if step:
-            backward.append(middle - start)
+            backwards.append(middle - start)
             update.append(clock(world) - middle)
     peak = max(peak, measured_peak(world.device, compute.dtype))
-    whole = [b + u for b, u in zip(backward, update, strict=True)]
+    whole = [b + u for b, u in zip(backwards, update, strict=True)]
     seconds = statistics.median(whole)
     rate = plan.tokens_per_step / seconds
     return {
         "experiment": experiment.name, "device": f"{world.device} {compute.device_name}",
         "dtype": str(compute.dtype)[6:], "compute": compute.reason,
         "tokens_per_step": plan.tokens_per_step, "seconds": seconds,
-        "backward": statistics.median(backward), "optimizer": statistics.median(update),
+        "backward": statistics.median(backwards), "optimizer": statistics.median(update),
         "spread": (max(whole) - min(whole)) / seconds, "tokens_per_s": rate,
         "flops_per_s": rate * flops_per_token(experiment.model), "matmul_peak": peak,
         "mfu": rate * flops_per_token(experiment.model) / peak, "memory_bytes": memory_bytes(world.device),
@@ -159,7 +159,7 @@ def bench_memory(experiment: Experiment, world: World) -> dict[str, Any]:
     shape = (plan.micro_steps, plan.device_batch_size, plan.sequence_len + 1)
     rows = torch.randint(experiment.model.vocab_size, shape, generator=generator).to(world.device)
     for batch in rows.unbind(0):
-        backward_stages(model, *split_rows(batch), experiment.objective, 1 / plan.tokens_per_step)
+        backward(model, *split_rows(batch), experiment.objective, 1 / plan.tokens_per_step)
         optimizer.take()
         peak = max(peak, storage_bytes(gradients(optimizer)))
     optimizer.reduce()

@@ -12,6 +12,7 @@ import torch
 
 from nanopoe import dist
 from nanopoe.checkpoint import Checkpoint, Saver, Target, clean, set_aside_after
+from nanopoe.checkpoint.cascade import Cascade, check_trunk, open_cascade, weights_digest
 from nanopoe.checkpoint.store import checkpoints_of
 from nanopoe.config import Experiment, Plan, config_hash, make_plan
 from nanopoe.config.counts import scaling_parameters
@@ -19,16 +20,27 @@ from nanopoe.data.audit import AUDIT
 from nanopoe.data.loader import Loader, maker, open_sources, train_loader
 from nanopoe.data.validation import EvalBatches, eval_batches
 from nanopoe.dist import World
-from nanopoe.errors import DataError
+from nanopoe.errors import CheckpointError, DataError
 from nanopoe.model import GPT
+from nanopoe.model.specialist import warm_start
 from nanopoe.model.stages import shared_parameters
 from nanopoe.optim import DistMuonAdamW, build_groups
 from nanopoe.schedule import Schedule
 from nanopoe.tokenizer import Tokenizer
 from nanopoe.train.compute import Compute, choose_compute, out_of_memory
-from nanopoe.train.restore import check_state, check_weights, find_checkpoint, load_weights, stored
+from nanopoe.train.restore import (
+    check_state,
+    check_weights,
+    find_checkpoint,
+    load_weights,
+    saved_weights,
+    stored,
+)
 from nanopoe.train.resume import Lineage, check_resume, covers
+from nanopoe.train.state_cache import StateCache
 
+# What the chat tokens begin as, in the order of their ids: words that mean about the same (SPEC 8).
+WARM_WORDS = ("User", "\n", "Assistant", "\n", "```", "```", "Output", "\n")
 SAVE_TIMEOUT_S = 600        # of a collective of the saving thread, or runtime.timeout_s if that is longer
 
 
@@ -47,6 +59,7 @@ class Run:
     optimizer: DistMuonAdamW
     loader: Loader
     saver: Saver
+    keep: StateCache | None = None
     step: int = 0
     tokens: int = 0
     lineage: Lineage = field(default_factory=list)
@@ -79,15 +92,20 @@ def build_run(experiment: Experiment, world: World) -> Run:
         open_sources(experiment.data.val, experiment.data.kind)  # a wrong path must not wait for an evaluation
         compute = choose_compute(experiment.runtime, world, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
     with dist.agree(world.device), out_of_memory(experiment, world.device):
-        model = build_model(experiment, world, compute, checkpoint)
+        start = find_start(experiment, tokenizer, checkpoint)
+        model = build_model(experiment, world, compute, checkpoint, start)
         optimizer = build_optimizer(experiment, model, world, compute)
         if checkpoint is not None:
             check_state(optimizer, checkpoint)
             optimizer.load_state(checkpoint.optimizer_rows, stored(checkpoint, "optimizer_steps", int))
         loader, lineage = build_loader(experiment, tokenizer, plan, world, checkpoint, lineage)
-    saver = build_saver(experiment, tokenizer, model, optimizer, world, checkpoint)
+    saver = build_saver(experiment, tokenizer, model, optimizer, world, checkpoint, start)
     run = Run(experiment, world, plan, Schedule(experiment.schedule.cycles), compute, tokenizer, model, optimizer,
               loader, saver, lineage=lineage, resumed_from=checkpoint, warnings=warnings)
+    if experiment.specialist is not None and experiment.specialist.cache_states:
+        assert start is not None
+        run.keep = StateCache(run.folder / "cache" / f"{start.digest[:16]}-{compute_of(model)}",
+                              experiment.model.n_embd, model.compute_dtype)
     if checkpoint is not None:
         run.step, run.tokens = checkpoint.step, stored(checkpoint, "tokens", int)
         computed = checkpoint.manifest.fingerprints.get("compute")
@@ -109,8 +127,61 @@ def load_tokenizer(experiment: Experiment) -> Tokenizer:
     return tokenizer
 
 
-def build_model(experiment: Experiment, world: World, compute: Compute, checkpoint: Checkpoint | None) -> GPT:
-    """On this rank's device, initialised from the seed or loaded from the checkpoint."""
+@dataclass(frozen=True)
+class Start:
+    """What a run stands on (specialist) or begins with (sft): the model, its digest and the step it is of; `words` are
+    what the chat tokens begin as, if they are to."""
+
+    cascade: Cascade
+    digest: str
+    step: int
+    words: list[list[int]] | None
+
+
+def find_start(experiment: Experiment, tokenizer: Tokenizer, checkpoint: Checkpoint | None) -> Start | None:
+    """The base of a specialist, or at its first start the weights an sft begins with; else null.
+
+    CheckpointError when it is not there, has another shape or tokenizer, or is not what `checkpoint` was trained on.
+    """
+    known = {} if checkpoint is None else checkpoint.manifest.fingerprints
+    if experiment.specialist is not None:
+        path, wanted = experiment.specialist.base, experiment.specialist.base_step
+    elif experiment.init_from is not None and checkpoint is None:
+        path, wanted = experiment.init_from.path, experiment.init_from.step
+    else:
+        return None
+    if wanted is None and known.get("base_step", "").isdecimal():
+        wanted = int(known["base_step"])
+    cascade = open_cascade(path, wanted)
+    check_below(experiment, cascade, path, tokenizer)
+    digest = cascade.digest or weights_digest(cascade.base)
+    if known.get("base", digest) != digest:
+        raise CheckpointError(f"is not the base this run was trained on, whose digest begins with {known['base'][:12]}",
+                              path, "set specialist.base and base_step to the one it was trained on")
+    warm = experiment.specialist is not None and experiment.specialist.warm_start
+    return Start(cascade, digest, cascade.links[-1].step if cascade.links else cascade.base.step,
+                 [tokenizer.encode(word) for word in WARM_WORDS] if warm else None)
+
+
+def check_below(experiment: Experiment, cascade: Cascade, path: str, tokenizer: Tokenizer) -> None:
+    """The experiment must describe what stands in `path`, and add at most one specialist to it."""
+    check_trunk(cascade.base.experiment.model, experiment.model, path)
+    there, here = cascade.config.specialists, experiment.model.specialists[:-1]
+    if there != here:
+        shown = [[s.n_layer for s in shapes] for shapes in (here, there)]
+        raise CheckpointError(f"has specialists of {shown[1]} layers, model.specialists has {shown[0]} below the last",
+                              path, "list the ones below, then the new one" if experiment.specialist else
+                              "full fine-tuning starts from a base: name one")
+    if there and cascade.config.sequence_len != experiment.model.sequence_len:
+        raise CheckpointError(f"was trained with model.sequence_len {cascade.config.sequence_len}", path,
+                              "a specialist on a specialist needs the same")
+    if cascade.base.manifest.fingerprints.get("tokenizer") != tokenizer.digest:
+        raise CheckpointError("was trained with another tokenizer", path, f"use the one in {path}/tokenizer")
+
+
+def build_model(experiment: Experiment, world: World, compute: Compute, checkpoint: Checkpoint | None,
+                start: Start | None = None) -> GPT:
+    """On this rank's device, initialised from the seed, or from what it stands on, or loaded from the checkpoint."""
     with torch.device("meta"):
         model = GPT(experiment.model, compute.dtype)
     if checkpoint is not None:
@@ -118,9 +189,23 @@ def build_model(experiment: Experiment, world: World, compute: Compute, checkpoi
     model.to_empty(device=world.device)
     if checkpoint is None:
         model.init_weights(experiment.seed)
-    else:
+    if start is not None:
+        load_below(model, start.cascade)
+        if start.words:
+            warm_start(model, start.words)
+    if checkpoint is not None:
         load_weights(model, checkpoint)
     return model
+
+
+def load_below(model: GPT, cascade: Cascade) -> None:
+    """All parameters that stand in the cascade; the chat tokens are those of the specialist below, or the base's."""
+    last = f"specialists.{len(model.config.specialists) - 1}."
+    for name, p in model.named_parameters():
+        if not name.startswith(last) and (name != "chat_rows" or cascade.links):
+            p.data.copy_(cascade.read(name))
+    if model.config.specialists and not cascade.links:
+        model.chat_rows.data.copy_(model.base_chat_rows())
 
 
 def build_optimizer(experiment: Experiment, model: GPT, world: World, compute: Compute) -> DistMuonAdamW:
@@ -156,13 +241,18 @@ def build_loader(experiment: Experiment, tokenizer: Tokenizer, plan: Plan, world
 
 
 def build_saver(experiment: Experiment, tokenizer: Tokenizer, model: GPT, optimizer: DistMuonAdamW, world: World,
-                checkpoint: Checkpoint | None) -> Saver:
+                checkpoint: Checkpoint | None, start: Start | None) -> Saver:
     """Collective: the saving thread has a process group of its own."""
     group = dist.side_group(max(SAVE_TIMEOUT_S, experiment.runtime.timeout_s))
     with dist.agree(world.device), out_of_memory(experiment, world.device):
         fingerprints = {"config": config_hash(experiment), "tokenizer": tokenizer.digest, "compute": compute_of(model)}
+        if start is not None:
+            fingerprints |= {"base": start.digest, "base_step": str(start.step)}
+        elif checkpoint is not None:                             # of an sft that goes on: what it once began with
+            fingerprints |= {key: value for key, value in checkpoint.manifest.fingerprints.items()
+                             if key in ("base", "base_step")}
         target = Target(experiment, world, fingerprints, None if checkpoint is None else checkpoint.step, group)
-        return Saver(target, dict(model.named_parameters()), optimizer.state_parts)
+        return Saver(target, saved_weights(model), optimizer.state_parts)
 
 
 def compute_of(model: GPT) -> str:

@@ -27,10 +27,13 @@ class Header:
     n_stages: int
     total_steps: int
     poe_mode: str
+    new_layers: int = 0          # of the specialist that is trained, if one is
 
     def lines(self) -> list[str]:
         """The header as two plain lines: the experiment, the machine."""
         mode = "BP" if self.poe_mode == "none" else f"PoE {self.poe_mode}, {self.n_stages} stages"
+        if self.new_layers:
+            mode = f"specialist of {self.new_layers} layers on {mode}"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         size = f"{self.parameters:,} parameters, {self.total_steps:,} steps"
         return [f"{self.name}: {mode}, {size}, config {self.config_hash[:12]}",
@@ -86,6 +89,13 @@ class Display:
         def row(name: str, now: Any, mean: Any, result: Any, prefix: Any, right: Any, style: str = "") -> None:
             table.add_row(name, figure(now), figure(mean), figure(result), figure(prefix), figure(right), style=style)
 
+        if self.header.new_layers:
+            found = self.evaluation.get("specialists") or {"bpb": {}, "accuracy": {}}
+            row("specialist", self.line.get("loss"), self.smooth.get("loss"), _at(found["bpb"].get("specialist"), -1),
+                None, _at(found["accuracy"].get("specialist"), -1), "bold")
+            row("dual", None, None, _at(found["bpb"].get("dual"), -1), None, _at(found["accuracy"].get("dual"), -1))
+            row("base, frozen", None, None, bpb.get("full"), None, accuracy.get("full"))
+            return table
         if self.header.poe_mode == "none":
             row("loss", self.line.get("loss"), self.smooth.get("loss"), bpb.get("full"), None, accuracy.get("full"),
                 "bold")
@@ -116,6 +126,10 @@ def eval_line(line: dict[str, Any]) -> str:
     """An eval line as plain text."""
     bpb = line["bpb"]
     parts = [f"eval @ {line['step']}: bpb {figure(bpb['full'])}"]
+    if line.get("specialists"):
+        found = line["specialists"]["bpb"]
+        views = (f"{view} {figure(found[view][-1])}" for view in ("specialist", "dual"))
+        return f"eval @ {line['step']}: bpb {' '.join(views)} base {figure(bpb['full'])}"
     for name in ("stages", "prefixes"):
         if bpb.get(name):
             parts.append(f"{name} " + " ".join(figure(v) for v in bpb[name]))

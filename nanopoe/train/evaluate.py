@@ -41,6 +41,8 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
     accuracy: {full, stages [K], prefixes [K]}; share of targets that are the most probable token.
     crossover_gap: bpb.full - bpb.stages[-1]. diversity: {bits_per_byte, nats_per_token}; bpb.full = mean(bpb.stages)
         - diversity.bits_per_byte. n_stages, poe_mode, tokens (targets read), targets (counted), bytes, seconds.
+    specialists: null, or of a model with S specialists {bpb: {specialist [S], dual [S]}, accuracy: likewise}; dual is
+        the pool of base and specialist with equal weights. All else is the base's, as it reads these texts.
 
     A model trained without stage losses (BP) has only `full`; the rest is null. DataError when there is nothing to
     evaluate or the tokenizer does not fit the model, NumericsError when a sum is not finite: on every rank alike.
@@ -53,7 +55,7 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
     if sizes.numel() != model.config.vocab_size:
         raise everywhere(DataError(f"the tokenizer has {sizes.numel()} tokens and the model {model.config.vocab_size}",
                                    "evaluation", "use the tokenizer the model was trained with"))
-    sums = _zero_sums(model.layout.n_stages, len(alphas), device)
+    sums = _zero_sums(model.layout.n_stages, len(model.config.specialists), len(alphas), device)
     for rows in batches:
         dist.mark("evaluate")
         if stop():
@@ -73,11 +75,12 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
     return _result(sums, model, alphas, time.perf_counter() - began)
 
 
-def _zero_sums(n_stages: int, n_alphas: int, device: torch.device) -> dict[str, Tensor]:
+def _zero_sums(n_stages: int, n_specialists: int, n_alphas: int, device: torch.device) -> dict[str, Tensor]:
     """What is summed over targets, fp64: nats and hits per view, diversity, and the counts; and ranks that stopped."""
     lengths = {"stage_nats": n_stages, "prefix_nats": n_stages, "alpha_nats": n_alphas, "stage_hits": n_stages,
-               "prefix_hits": n_stages, "diversity": 1, "tokens": 1, "targets": 1, "bytes": 1,
-               "stopped": 1}
+               "prefix_hits": n_stages, "specialist_nats": n_specialists, "specialist_hits": n_specialists,
+               "dual_nats": n_specialists, "dual_hits": n_specialists, "diversity": 1, "tokens": 1, "targets": 1,
+               "bytes": 1, "stopped": 1}
     return {name: torch.zeros(n, dtype=torch.float64, device=device) for name, n in lengths.items()}
 
 
@@ -94,7 +97,8 @@ def _add_chunk(sums: dict[str, Tensor], model: GPT, states: list[Tensor], target
 
     total = mean = torch.empty(0)
     log_z = torch.zeros_like(counted)
-    for k, x in enumerate(states):
+    K = model.layout.n_stages
+    for k, x in enumerate(states[:K]):
         logp = model.stage_logits(x, k).log_softmax(-1)                    # (c, V)
         total = total + logp if k else logp                                # sum of l_j, j <= k
         add("stage_nats", k, -_pick(logp, targets))
@@ -103,8 +107,15 @@ def _add_chunk(sums: dict[str, Tensor], model: GPT, states: list[Tensor], target
         log_z = mean.logsumexp(-1) if k else log_z                         # one expert is normalised already
         add("prefix_nats", k, log_z - _pick(mean, targets))
         add("prefix_hits", k, total.argmax(-1) == targets)
+    for i, x in enumerate(states[K:]):
+        logp = model.stage_logits(x, K + i).log_softmax(-1)
+        add("specialist_nats", i, -_pick(logp, targets))
+        add("specialist_hits", i, logp.argmax(-1) == targets)
+        dual = (mean - log_z[:, None] + logp) / 2
+        add("dual_nats", i, dual.logsumexp(-1) - _pick(dual, targets))
+        add("dual_hits", i, dual.argmax(-1) == targets)
     for a, alpha in enumerate(alphas):
-        score = mean * len(states) ** alpha
+        score = mean * K ** alpha
         add("alpha_nats", a, score.logsumexp(-1) - _pick(score, targets))
     add("diversity", 0, -log_z)                                            # nanopoe.model.pool.diversity
     sums["tokens"] += targets.numel()
@@ -154,6 +165,10 @@ def _result(sums: dict[str, Tensor], model: GPT, alphas: Sequence[float], second
             "stages": [v / targets for v in s["stage_hits"]] if poe else None,
             "prefixes": hits if poe else None,
         },
+        "specialists": {
+            "bpb": {view: [v * per_byte for v in s[f"{view}_nats"]] for view in ("specialist", "dual")},
+            "accuracy": {view: [v / targets for v in s[f"{view}_hits"]] for view in ("specialist", "dual")},
+        } if model.config.specialists else None,
         "crossover_gap": full - stages[-1] if poe else None,
         "diversity": {"bits_per_byte": s["diversity"][0] * per_byte,
                       "nats_per_token": s["diversity"][0] / targets} if poe else None,

@@ -90,7 +90,7 @@ def advance(run: Run, watch: Watch, warm: bool) -> dict[str, Any]:
     waited = time.perf_counter() - start
     dist.mark("forward/backward" if warm else "build", step)
     losses = train_step(run.model, run.optimizer, rows, run.step, experiment.objective, run.schedule, run.plan,
-                        run.world, report_pool=step % experiment.logging.pool_every == 0 or step == 1)
+                        run.world, report_pool=step % experiment.logging.pool_every == 0 or step == 1, keep=run.keep)
     run.tokens += losses.targets
     watch.train(report(run, losses, time.perf_counter() - start, waited))
     run.step = step
@@ -105,6 +105,10 @@ def tell_data(run: Run, position: dict[str, Any], watch: Watch) -> None:
     sources = ", ".join(f"{name} {100 * s['share']:.2f} % (of {100 * s['weight']:.2f}) epoch {s['epochs']:.2f}"
                         for name, s in told["sources"].items())
     text = f"rows {100 * told['utilisation']:.1f} % full, {100 * told['cropped']:.1f} % of tokens cropped; {sources}"
+    if told["truncated"]:
+        text += f"; {told['truncated']:,} conversations lost their front, {told['cropped_tokens']:,} tokens"
+    if told["passes"] is not None:
+        text = f"pass {told['passes']:.2f} over the same rows: {text}"
     watch.event("data", text, **told)
 
 
@@ -142,7 +146,7 @@ def watch_of(run: Run) -> Watch:
         device=f"{run.world.device} {run.compute.device_name}",
         dtype=str(run.compute.dtype).removeprefix("torch."), dtype_reason=run.compute.reason, world_size=run.world.size,
         config_hash=config_hash(run.experiment), n_stages=run.model.layout.n_stages, total_steps=run.plan.total_steps,
-        poe_mode=m.poe_mode)
+        poe_mode=m.poe_mode, new_layers=m.specialists[-1].n_layer if m.specialists else 0)
     return Watch(run.folder, header, run.world, start_step=run.step, every=log.every, wandb_mode=log.wandb,
                  wandb_project=log.wandb_project, config=dump_experiment(run.experiment))
 
@@ -179,5 +183,7 @@ def evaluate_if_due(run: Run, watch: Watch, signals: Signals) -> bool:
         return False
     if not batches.complete:
         watch.event("warning", what=f"the validation split fills {batches.rows} of {batches.rows_wanted} rows wanted")
-    watch.eval(result, run.step)
+    if batches.truncated:
+        watch.event("warning", what=f"{batches.truncated:,} conversations of the validation lost their front")
+    watch.eval({**result, "truncated": batches.truncated}, run.step)
     return True

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanopoe import dist
 from nanopoe.checkpoint import Checkpoint, list_steps, open_checkpoint, open_tokenizer, set_bad, step_before
+from nanopoe.checkpoint.cascade import is_delta, open_cascade
 from nanopoe.checkpoint.container import DTYPE_NAMES
 from nanopoe.checkpoint.store import hinted
 from nanopoe.config import Experiment
@@ -62,16 +66,24 @@ def open_verified(run_dir: str | Path, step: int | None, world: World) -> Checkp
     return checkpoint
 
 
+def saved_weights(model: GPT) -> dict[str, Tensor]:
+    """What a checkpoint of this model holds: all parameters, or with specialists the last one and the chat tokens'
+    rows, since what it stands on is in another run."""
+    last = f"specialists.{len(model.config.specialists) - 1}."
+    return {name: p for name, p in model.named_parameters()
+            if not model.config.specialists or name.startswith(last) or name == "chat_rows"}
+
+
 def check_weights(model: GPT, checkpoint: Checkpoint) -> None:
     """CheckpointError naming the parameters that are missing, unknown or of another shape; reads none of them."""
-    expected = {name: (DTYPE_NAMES[p.dtype], tuple(p.shape)) for name, p in model.named_parameters()}
+    expected = {name: (DTYPE_NAMES[p.dtype], tuple(p.shape)) for name, p in saved_weights(model).items()}
     check_tensors(expected, checkpoint, "the model")
 
 
 def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
-    """Every parameter from the checkpoint, one after the other; CheckpointError as of check_weights."""
+    """What the checkpoint holds, one after the other; CheckpointError as of check_weights."""
     check_weights(model, checkpoint)
-    for name, p in model.named_parameters():
+    for name, p in saved_weights(model).items():
         p.data.copy_(checkpoint.read(name))
 
 
@@ -108,15 +120,38 @@ def stored(checkpoint: Checkpoint, key: str, kind: type) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model in eval mode, fp32 arithmetic. `names` are its specialists'; `checkpoint` is the one opened, or
+    of a delta its base's."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+    names: tuple[str, ...]
+
+
+def load_cascade(run_dir: str | Path, step: int | None, world: World, siblings: Mapping[str, Path] | None = None,
+                 base: Path | None = None) -> Loaded:
+    """A run's model, or a delta's, with all it stands on and more specialists by name; see open_cascade. Collective."""
+    keep_freed_memory()
+    checkpoint = None if is_delta(run_dir) else open_verified(run_dir, step, world)
+    with dist.agree(world.device):
+        cascade = open_cascade(run_dir, step if checkpoint is None else checkpoint.step, base=base, siblings=siblings)
+        checkpoint = checkpoint or cascade.base
+        tokenizer = open_tokenizer(checkpoint.path.parents[1], checkpoint)
+        with torch.device("meta"):
+            model = GPT(cascade.config)
+        expected = {name: (DTYPE_NAMES[p.dtype], tuple(p.shape)) for name, p in model.named_parameters()
+                    if name != "chat_rows" and not name.startswith("specialists.")}
+        check_tensors(expected, cascade.base, "the model")
+        model.to_empty(device=world.device)
+        for name, p in model.named_parameters():
+            p.data.copy_(cascade.read(name))
+    return Loaded(model.eval(), tokenizer, checkpoint, cascade.names)
+
+
 def load_trained(run_dir: str | Path, step: int | None, world: World) -> tuple[GPT, Tokenizer, Checkpoint]:
     """A trained model with its tokenizer, to evaluate, generate or export; fp32 arithmetic. Collective."""
-    keep_freed_memory()
-    checkpoint = open_verified(run_dir, step, world)
-    with dist.agree(world.device):
-        tokenizer = open_tokenizer(run_dir, checkpoint)
-        with torch.device("meta"):
-            model = GPT(checkpoint.experiment.model)
-        check_weights(model, checkpoint)
-        model.to_empty(device=world.device)
-        load_weights(model, checkpoint)
-    return model.eval(), tokenizer, checkpoint
+    loaded = load_cascade(run_dir, step, world)
+    return loaded.model, loaded.tokenizer, loaded.checkpoint

@@ -16,7 +16,8 @@ from nanopoe.dist import World
 from nanopoe.errors import NumericsError, everywhere
 from nanopoe.model import GPT
 from nanopoe.model.loss import split_rows
-from nanopoe.model.stages import backward_stages
+from nanopoe.model.specialist import Keep, backward
+from nanopoe.model.stages import trained_losses
 from nanopoe.optim import DistMuonAdamW
 from nanopoe.schedule import Schedule
 
@@ -26,27 +27,28 @@ class Losses:
     """Of one step over all ranks, nats per target: what was minimised, each stage's cross-entropy, the pool's."""
 
     loss: float
-    stage_loss: list[float]          # (K,)
+    stage_loss: list[float]          # (K,), of a specialist its own
     pool_loss: float | None
     targets: int
     grad_norm: float
 
 
 def train_step(model: GPT, optimizer: DistMuonAdamW, rows: Tensor, step: int, objective: ObjectiveConfig,
-               schedule: Schedule, plan: Plan, world: World, report_pool: bool) -> Losses:
+               schedule: Schedule, plan: Plan, world: World, report_pool: bool, keep: Keep | None = None) -> Losses:
     """Run this rank's `rows` (micro_steps, b, T+1) int32 backward and update every parameter once. Collective.
 
     The mean is over the targets of all ranks: a micro-batch that is masked altogether adds nothing.
 
     NumericsError on every rank when a loss or gradient of any is not finite; weights and moments are untouched then.
-    `report_pool` asks for the pool's loss too, which costs another pass over the logits.
+    `report_pool` asks for the pool's loss too, which costs another pass over the logits. For `keep` see
+    backward_specialist.
     """
-    K = model.layout.n_stages
+    K = trained_losses(model)
     scale = 1.0 / plan.tokens_per_step
     # sums over this rank: [total, stages.., pool, targets]; then the gradient's squared norm
     sums = torch.zeros(K + 3, dtype=torch.float64, device=world.device)
     for batch in rows.to(world.device, non_blocking=True).long().unbind(0):
-        micro = backward_stages(model, *split_rows(batch), objective, scale, report_pool)
+        micro = backward(model, *split_rows(batch), objective, scale, report_pool, keep)
         sums[0] += micro.total
         sums[1:K + 1] += micro.stages
         if micro.pool is not None:
@@ -112,7 +114,7 @@ def find_nonfinite(model: GPT, rows: Tensor, objective: ObjectiveConfig, scale: 
              for name, p in model.named_parameters() if p.requires_grad]
     for i, batch in enumerate(rows.unbind(0)):
         bad.clear()
-        losses = backward_stages(model, *split_rows(batch), objective, scale)
+        losses = backward(model, *split_rows(batch), objective, scale)
         if bad or not bool(losses.total.isfinite()):
             found[i] = bad[:3]
     for hook in hooks:

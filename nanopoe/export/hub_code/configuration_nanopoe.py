@@ -24,6 +24,11 @@ class NanoPoEConfig(PretrainedConfig):
     Of a checkpoint that was calibrated, what `generate_wand` and `generate_routed` read: the bounds of each transition
     from a stage to the next, and the confidence from which stage 0 may answer, with the mode and the cap it was found
     by. A mode without a threshold: no confidence stayed under the cap.
+
+    `specialists` [{blocks, parent, name}] stand behind the base: their blocks are counted on from the base's in this
+    order, `parent` is the number of the one they read, null for the base. `parent` of a stage repo is where the model
+    below it is: {repo, revision, digest, name}; `repo` is a folder as seen from this one (it begins with a dot) or an
+    id on the Hub. A loaded model has all of it and no parent.
     """
 
     model_type = "nanopoe"
@@ -54,6 +59,8 @@ class NanoPoEConfig(PretrainedConfig):
         poe_routing_threshold: float | None = None,
         poe_routing_mode: str | None = None,
         poe_routing_cap: float | None = None,
+        specialists: list[dict[str, Any]] | None = None,
+        parent: dict[str, Any] | None = None,
         smear_channels: int = 24,
         value_gate_channels: int = 12,
         qk_scale: float = 1.2,
@@ -87,6 +94,8 @@ class NanoPoEConfig(PretrainedConfig):
         self.poe_routing_threshold = poe_routing_threshold
         self.poe_routing_mode = poe_routing_mode
         self.poe_routing_cap = poe_routing_cap
+        self.specialists = specialists or []
+        self.parent = parent
         self.smear_channels = smear_channels
         self.value_gate_channels = value_gate_channels
         self.qk_scale = qk_scale
@@ -96,3 +105,14 @@ class NanoPoEConfig(PretrainedConfig):
         self.use_cache = use_cache
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
+
+    def chain_of(self, i: int) -> tuple[int, ...]:
+        """Specialist i and those below it, from the base up."""
+        below = self.specialists[i]["parent"]
+        return (*(() if below is None else self.chain_of(below)), i)
+
+    def blocks_of(self, i: int) -> range:
+        """Blocks of specialist i."""
+        counts = [one["blocks"] for one in self.specialists[: i + 1]]
+        end = self.stage_boundaries[-1] + 1 + sum(counts)
+        return range(end - counts[-1], end)

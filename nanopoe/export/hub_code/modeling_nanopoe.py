@@ -8,211 +8,51 @@ first n, `weights={k: w, ..}` for that of chosen ones, p ~ prod_k p_k^w with the
 in `forward` and in `generate` and skip the blocks that are not needed. `generate_wand`, `generate_speculative` and
 `generate_routed` (generation_nanopoe.py) write with as many stages as a token needs.
 
+Specialists are more blocks behind the frozen base, or behind each other, each with a head that is added to those below.
+A model with specialists predicts with the last one; `specialist=` (a name or its number) asks for another,
+`head_mode="base"` for the base, whose logits no specialist changes, `head_mode="dual"` for the pool of both, equally
+weighted. `stage`, `prefix`, `weights` and the modes mean the stages of the base.
+
 Layer 0 has no parameters: it looks up the previous token by attention, so that smear's memory of one token lives in
 whatever key/value cache is in use. Shape letters: B batch, T time, D width, H heads, V vocabulary, K stages.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
+from .cascade_nanopoe import assemble, hub_options  # transformers 4 copies what this very file imports, no more
 from .configuration_nanopoe import NanoPoEConfig
-from .decoding_nanopoe import norm  # transformers 4 copies what this very file imports, no more
+from .decoding_nanopoe import norm
 from .generation_nanopoe import NanoPoEModes
+from .layers_nanopoe import LOOKUP_SHARPNESS, NanoPoEDecoderLayer, NanoPoELookupLayer, NanoPoEPreviousToken
 from .modes_nanopoe import NO_STAGES
 
-LOOKUP_SHARPNESS = 160.0                 # peak score of the previous-token lookup is half of this
+HEAD_MODES = ("base", "specialist", "dual")
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
 
 
 @dataclass
 class NanoPoEModelOutput(BaseModelOutputWithPast):
-    """`boundary_states`: the un-normed residual stream (B, T, D) at each stage boundary that was run."""
+    """`boundary_states`: the un-normed residual stream (B, T, D) at each stage boundary of the base that was run,
+    `specialist_states`: behind each specialist of the chain."""
 
     boundary_states: tuple[Tensor, ...] | None = None
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (B, T, H, d) by minus the angle, halves of d as pairs; cos and sin are (B or 1, T, 1, d/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-
-
-def repeat_heads(x: Tensor, times: int) -> Tensor:
-    """(B, Hkv, T, d) -> (B, Hkv * times, T, d)."""
-    return x if times == 1 else x.repeat_interleave(times, dim=1)
-
-
-def eager_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float, dropout: float = 0.0, **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out: (B, H, Tq, d) and (B, Hkv, Tk, d) -> (B, Tq, H, d) and the weights."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[-2]]
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-class NanoPoEAttention(nn.Module):
-    """Rotary positions, then QK norm, then `qk_scale` on both sides (inside `scaling`); gated value embeddings."""
-
-    def __init__(self, config: NanoPoEConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = True
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.qk_scale**2 / math.sqrt(config.head_dim)
-        sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if sliding else None
-        self.build()
-
-    def build(self) -> None:
-        config, kv_width = self.config, self.config.num_key_value_heads * self.head_dim
-        width = config.num_attention_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.has_value_embedding = self.layer_idx - 1 in config.value_embedding_blocks
-        if self.has_value_embedding:
-            self.value_embed = nn.Embedding(config.vocab_size, kv_width)
-            self.ve_gate = nn.Linear(config.value_gate_channels, config.num_key_value_heads, bias=False)
-
-    def project(
-        self, x: Tensor, input_ids: Tensor, position_ids: Tensor, rotary: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed x (B, T, D) -> q (B, H, T, d), k and v (B, Hkv, T, d)."""
-        heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.has_value_embedding:
-            gate = 3 * torch.sigmoid(self.ve_gate(x[..., : self.config.value_gate_channels]))
-            v = v + gate.unsqueeze(-1) * self.value_embed(input_ids).view_as(v).to(v.dtype)
-        q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-    def read(self, out: Tensor) -> Tensor:
-        """Attention output (B, T, H, d) -> (B, T, D)."""
-        return self.o_proj(out.reshape(*out.shape[:2], -1))
-
-    def forward(
-        self, x: Tensor, input_ids: Tensor, position_ids: Tensor, rotary: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None, past_key_values: Cache | None = None,
-        cache_position: Tensor | None = None, **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self.project(x, input_ids, position_ids, rotary)
-        if past_key_values is not None:      # transformers 4 static caches write where cache_position says
-            k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
-        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
-            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward)
-        elif self.config._attn_implementation == "eager":
-            attention_interface = eager_attention_forward
-        else:
-            attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        out, weights = attention_interface(
-            self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window,
-            position_ids=position_ids, **kwargs)
-        return self.read(out), weights
-
-
-class NanoPoEPreviousToken(NanoPoEAttention):
-    """Looks up the id of the token before each position. No parameters.
-
-    Keys encode positions on the unit circle at head_dim/2 incommensurable frequencies and queries the position
-    before, so scores depend on the lag alone and peak, sharply, at lag 1. Values are the id's bits. At a first
-    position the answer is the token itself; the caller ignores it there.
-    """
-
-    def build(self) -> None:
-        self.scaling = LOOKUP_SHARPNESS / self.head_dim
-        self.bits = max(self.config.vocab_size - 1, 1).bit_length()
-        if self.head_dim % 2 or self.head_dim < max(16, self.bits):
-            raise ValueError(f"head_dim {self.head_dim} cannot encode a vocabulary of {self.config.vocab_size} tokens; "
-                             f"it has to be even and at least {max(16, self.bits)}")
-
-    def encode(self, position: Tensor, dtype: torch.dtype) -> Tensor:
-        """Positions (B, T) -> (B, 1, T, d)."""
-        m = torch.arange(self.head_dim // 2, device=position.device, dtype=torch.float32)
-        frequency = math.pi * (m + 0.5 + 0.37 * torch.sin(12.9898 * (m + 1))) / (self.head_dim // 2)
-        angle = position[..., None].float() * frequency
-        return torch.cat((angle.cos(), angle.sin()), dim=-1).to(dtype).unsqueeze(1)
-
-    def project(
-        self, x: Tensor, input_ids: Tensor, position_ids: Tensor, rotary: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        config, (B, T) = self.config, input_ids.shape
-        bit = torch.arange(self.bits, device=input_ids.device)
-        v = F.pad((input_ids[..., None] >> bit) & 1, (0, self.head_dim - self.bits)).to(x.dtype).unsqueeze(1)
-        q, k = self.encode(position_ids - 1, x.dtype), self.encode(position_ids, x.dtype)
-        kv_heads = config.num_key_value_heads
-        return (q.expand(B, config.num_attention_heads, T, -1), k.expand(B, kv_heads, T, -1),
-                v.expand(B, kv_heads, T, -1))
-
-    def read(self, out: Tensor) -> Tensor:
-        """Attention output (B, T, H, d) -> ids (B, T); clamped, because engines warm up on unfilled outputs."""
-        bit = torch.arange(self.bits, device=out.device)
-        return ((out[..., 0, : self.bits] > 0.5).long() << bit).sum(-1).clamp_max(self.config.vocab_size - 1)
-
-
-class NanoPoELookupLayer(nn.Module):
-    """Layer 0."""
-
-    def __init__(self, config: NanoPoEConfig):
-        super().__init__()
-        self.self_attn = NanoPoEPreviousToken(config, 0)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return self.self_attn(x, *args, **kwargs)
-
-
-class NanoPoEMLP(nn.Module):
-    """relu squared (Primer, arXiv 2109.08668)."""
-
-    def __init__(self, config: NanoPoEConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(x)).square())
-
-
-class NanoPoEDecoderLayer(GradientCheckpointingLayer):
-    """One trained block: mix in x0, attention, MLP."""
-
-    def __init__(self, config: NanoPoEConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = NanoPoEAttention(config, layer_idx)
-        self.mlp = NanoPoEMLP(config)
-
-    def forward(self, x: Tensor, x0: Tensor, r: Tensor, c: Tensor, *args: Any, **kwargs: Any
-                ) -> tuple[Tensor, Tensor | None]:
-        x = r * x + c * x0
-        out, weights = self.self_attn(norm(x), *args, **kwargs)
-        x = x + out
-        return x + self.mlp(norm(x)), weights
+    specialist_states: tuple[Tensor, ...] | None = None
 
 
 class NanoPoEPreTrainedModel(PreTrainedModel):
@@ -226,6 +66,32 @@ class NanoPoEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None,
+                        state_dict: Any = None, **kwargs: Any) -> Any:
+        """As in transformers. Of a stage repo, which holds a specialist alone, the models below are read first; the
+        result has all tensors and no parent, so `save_pretrained` writes a repo that stands alone.
+
+        OSError for a parent that is not there, ValueError for one that is not the model the specialist was trained on.
+        """
+        name, hub = pretrained_model_name_or_path, hub_options(kwargs)
+        if name is None or state_dict is not None:
+            return super().from_pretrained(name, *model_args, config=config, state_dict=state_dict, **kwargs)
+        own = config
+        if not isinstance(own, PretrainedConfig):
+            own = cls.config_class.from_pretrained(config or name, **hub)
+        if not own.parent:
+            return super().from_pretrained(name, *model_args, config=config, **kwargs)
+        own = copy.deepcopy(own)
+        tensors = assemble(str(name), own.to_dict(), hub)
+        own.parent = None
+        model = super().from_pretrained(None, *model_args, config=own, state_dict=tensors, **kwargs)
+        whole = model[0] if isinstance(model, tuple) else model          # with output_loading_info
+        whole.name_or_path = own.name_or_path = str(name)                # both lost without a name
+        if whole.can_generate():
+            whole.generation_config = GenerationConfig.from_pretrained(name, **hub)
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -290,12 +156,14 @@ class NanoPoEModel(NanoPoEPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         prefix: int | None = None,
+        chain: Sequence[int] | None = None,
         output_boundaries: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> NanoPoEModelOutput:
-        """ids (B, T) -> states (B, T, D). `prefix`: run only the first so many stages."""
+        """ids (B, T) -> states (B, T, D). `prefix`: run only the first so many stages. `chain`: the specialists to run
+        behind them, each on the one before; without either, those up to the last one."""
         config = self.config
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("NanoPoE needs input_ids: smear and value embeddings are functions of the token")
@@ -308,8 +176,8 @@ class NanoPoEModel(NanoPoEPreTrainedModel):
         cache_position = kwargs.pop("cache_position", None)      # of transformers 4; naming it makes 5 warn
         if cache_position is None and "cache_position" in _MASK_ARGUMENTS:
             cache_position = _arange(input_ids, past_key_values)
-        boundaries = self._boundaries(prefix)
-        _check_depth(past_key_values, boundaries[-1] + 1)
+        boundaries, chain = self._boundaries(prefix), self._chain(prefix, chain)
+        _check_depth(past_key_values, (config.blocks_of(chain[-1])[-1] if chain else boundaries[-1]) + 1)
         if position_ids is None:
             position_ids = _positions(input_ids, attention_mask, past_key_values)
 
@@ -323,20 +191,29 @@ class NanoPoEModel(NanoPoEPreTrainedModel):
         attentions.append(weights)
         x = x0 = self.smear(x, previous.to(input_ids.device), position_ids)
 
-        states, middle = [], None
-        for i in range(boundaries[-1] + 1):
+        def block(i: int, x: Tensor) -> Tensor:
             hidden.append(x)
             r, c = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
             x, weights = self.layers[i + 1](
                 x, x0, r, c, *shared, attention_mask=masks[config.layer_types[i + 1]], **rest)
             attentions.append(weights)
+            return x
+
+        states, middle = [], None
+        for i in range(boundaries[-1] + 1):
+            x = block(i, x)
             if i == config.backout_block:
                 middle = x
+            if i == boundaries[-1] and middle is not None:
+                x = x - self.backout_lambda.to(x.device, x.dtype) * middle.to(x.device)
             if i in boundaries:
                 states.append(x)
-        if middle is not None:
-            states[-1] = x - self.backout_lambda.to(x.device, x.dtype) * middle.to(x.device)
-        last = norm(states[-1])
+        behind = []
+        for specialist in chain:
+            for i in config.blocks_of(specialist):
+                x = block(i, x)
+            behind.append(x)
+        last = norm(x)
         keep_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_weights = config.output_attentions if output_attentions is None else output_attentions
         return NanoPoEModelOutput(
@@ -345,6 +222,7 @@ class NanoPoEModel(NanoPoEPreTrainedModel):
             hidden_states=(*hidden, last) if keep_hidden else None,
             attentions=tuple(attentions) if keep_weights else None,
             boundary_states=tuple(states) if output_boundaries else None,
+            specialist_states=tuple(behind) if output_boundaries else None,
         )
 
     def _boundaries(self, prefix: int | None) -> list[int]:
@@ -353,10 +231,17 @@ class NanoPoEModel(NanoPoEPreTrainedModel):
         boundaries = self.config.stage_boundaries[:prefix]
         return [b for b in boundaries if b < blocks] or [min(blocks - 1, boundaries[0])]
 
+    def _chain(self, prefix: int | None, chain: Sequence[int] | None) -> list[int]:
+        """Specialists to run, without those that early-exit drafting cuts off."""
+        config = self.config
+        if chain is None:
+            chain = config.chain_of(len(config.specialists) - 1) if config.specialists and prefix is None else ()
+        return [i for i in chain if config.blocks_of(i)[-1] < config.num_hidden_layers - 1]
+
 
 class NanoPoEForCausalLM(NanoPoEPreTrainedModel, NanoPoEModes, GenerationMixin):
     """Next-token prediction by the whole model, one stage (`stage=k`), the first n stages (`prefix=n`) or chosen ones
-    (`weights={k: w, ..}`)."""
+    (`weights={k: w, ..}`), a specialist, or the base without them (`head_mode`, `specialist`)."""
 
     def __init__(self, config: NanoPoEConfig):
         super().__init__(config)
@@ -365,14 +250,20 @@ class NanoPoEForCausalLM(NanoPoEPreTrainedModel, NanoPoEModes, GenerationMixin):
         if config.stage_heads:
             self.lm_head_stages = nn.ModuleList(
                 nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(config.stage_heads))
+        if config.specialists:
+            self.lm_head_specialists = nn.ModuleList(
+                nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in config.specialists)
         self.post_init()
 
-    def stage_logits(self, state: Tensor, k: int) -> Tensor:
-        """Boundary state (..., D) of stage k -> its logits (..., V), fp32, capped after shared and stage head."""
+    def stage_logits(self, state: Tensor, k: int, chain: Sequence[int] = ()) -> Tensor:
+        """Boundary state (..., D) of stage k -> its logits (..., V), fp32, capped after the sum of the heads: the
+        shared one, that of the stage, and, of a state behind specialists, theirs."""
         x = norm(state)
         z = self.lm_head(x).float()
         if self.config.stage_heads:
             z = z + self.lm_head_stages[k](x).float()
+        for i in chain:
+            z = z + self.lm_head_specialists[i](x).float()
         cap = self.config.final_logit_softcapping
         return cap * torch.tanh(z / cap)
 
@@ -397,34 +288,80 @@ class NanoPoEForCausalLM(NanoPoEPreTrainedModel, NanoPoEModes, GenerationMixin):
         stage: int | None = None,
         prefix: int | None = None,
         weights: dict[int, float] | None = None,
+        head_mode: str | None = None,
+        specialist: int | str | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """ids (B, T) -> logits (B, T, V) fp32: log-probabilities of a pool or stage, capped logits without stages.
+        """ids (B, T) -> logits (B, T, V) fp32: log-probabilities of a pool or stage, capped logits of a specialist or
+        without stages.
 
         A cache belongs to the view it was filled with: a view that runs deeper refuses it.
         """
-        experts = self._experts(stage, prefix, weights)
+        experts, chain = self._view(stage, prefix, weights, head_mode, specialist)
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            prefix=max(experts) + 1, output_boundaries=True, **kwargs)
+            prefix=None if chain else max(experts) + 1, chain=chain, output_boundaries=True, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep    # 0 keeps all
         states = [x[:, keep] for x in outputs.boundary_states]
-        if self.config.poe_mode == "none":
-            logits = self.stage_logits(states[0], 0)
-        else:                                # fewer states than asked for happens in early-exit drafting only
-            chosen = {k: w for k, w in experts.items() if k < len(states)} or {len(states) - 1: 1.0}
-            logits = torch.zeros((), device=states[0].device)
-            for k, w in chosen.items():
-                logits = logits + w * self.stage_logits(states[k], k).log_softmax(-1).to(logits.device)
-            if len(chosen) > 1:              # normalised geometric mean
-                logits = (logits / sum(chosen.values())).log_softmax(-1)
+        logits = None
+        if experts or not outputs.specialist_states:
+            logits = self._base_logits(states, experts)
+        if outputs.specialist_states:        # none where early-exit drafting stops before them
+            n = len(outputs.specialist_states)
+            special = self.stage_logits(outputs.specialist_states[-1][:, keep], len(states) - 1, chain[:n])
+            if logits is None:
+                logits = special
+            else:                            # dual: the geometric mean of both
+                logits = ((logits.log_softmax(-1) + special.log_softmax(-1).to(logits.device)) / 2).log_softmax(-1)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+    def _base_logits(self, states: list[Tensor], experts: dict[int, float]) -> Tensor:
+        """Boundary states (B, T, D) of the base -> the pool of the chosen stages, or the logits of its one head."""
+        if self.config.poe_mode == "none":
+            return self.stage_logits(states[0], 0)
+        # fewer states than asked for happens in early-exit drafting only
+        chosen = {k: w for k, w in experts.items() if k < len(states)} or {len(states) - 1: 1.0}
+        logits = torch.zeros((), device=states[0].device)
+        for k, w in chosen.items():
+            logits = logits + w * self.stage_logits(states[k], k).log_softmax(-1).to(logits.device)
+        return (logits / sum(chosen.values())).log_softmax(-1) if len(chosen) > 1 else logits
+
+    def _view(self, stage: int | None, prefix: int | None, weights: dict[int, float] | None, head_mode: str | None,
+              specialist: int | str | None) -> tuple[dict[int, float], tuple[int, ...]]:
+        """The weights of the base's stages that are pooled, and the chain of specialists; either may be empty."""
+        config, asked = self.config, stage is not None or prefix is not None or weights is not None
+        if head_mode is None:
+            special = specialist is not None or (bool(config.specialists) and not asked)
+            head_mode = "specialist" if special else "base"
+        if head_mode not in HEAD_MODES:
+            raise ValueError(f"`head_mode` must be one of {', '.join(HEAD_MODES)}, got {head_mode!r}")
+        if head_mode == "base":
+            if specialist is not None:
+                raise ValueError("`specialist` and head_mode=\"base\" exclude each other: give one of them")
+            return self._experts(stage, prefix, weights), ()
+        if asked:
+            raise ValueError("`stage`, `prefix` and `weights` are of the base: leave them out, or the specialist")
+        chain = config.chain_of(self._specialist(specialist))
+        return (self._experts(None, None, None) if head_mode == "dual" else {}), chain
+
+    def _specialist(self, wanted: int | str | None) -> int:
+        """The number of a specialist; the last one by default."""
+        names = [one["name"] for one in self.config.specialists]
+        if not names:
+            raise ValueError("this model has no specialists; only head_mode=\"base\" is valid")
+        if wanted is None:
+            return len(names) - 1
+        if isinstance(wanted, str) and names.count(wanted) == 1:
+            return names.index(wanted)
+        if isinstance(wanted, int) and 0 <= wanted < len(names):
+            return wanted
+        raise ValueError(f"specialist {wanted!r}: this model has {', '.join(names)}, by name or 0 to {len(names) - 1}")
 
     def _experts(self, stage: int | None, prefix: int | None, weights: dict[int, float] | None) -> dict[int, float]:
         """The weight of each stage whose expert is pooled. ValueError when there is no such view."""
@@ -474,8 +411,10 @@ def _check_depth(cache: Cache | None, layer: int) -> None:
         return                               # static caches count on the device: reading would break the graph
     held, deepest = cache.get_seq_length(), cache.get_seq_length(layer)
     if held != deepest:
-        raise ValueError(f"this cache holds {held} tokens in its first layer and {deepest} in layer {layer}: it was "
-                         "filled with a smaller `stage` or `prefix`; start with a new cache")
+        raise ValueError(f"this cache holds {held} tokens in its first layer and {deepest} in layer {layer}: another "
+                         "view has filled it, a smaller `stage` or `prefix` or another specialist; start with a new "
+                         "cache")
 
 
-__all__ = ["NanoPoEConfig", "NanoPoEForCausalLM", "NanoPoEModel", "NanoPoEPreTrainedModel"]
+__all__ = ["LOOKUP_SHARPNESS", "NanoPoEConfig", "NanoPoEForCausalLM", "NanoPoEModel", "NanoPoEPreTrainedModel",
+           "NanoPoEPreviousToken"]

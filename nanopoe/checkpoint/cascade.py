@@ -1,0 +1,278 @@
+"""A cascade: a base and the specialists on it, found by following each one's pointer to what it stands on (SPEC 8).
+
+Every model in it has a digest: of a base SHA-256 over its weights (name, dtype, shape, bytes), of a specialist over the
+digest of what it stands on and its own weights in fp32. A specialist's run and its delta hold the digest of the model
+below and refuse any other. A delta carries the digest of the specialist it was made of, also when it is rounded to
+bfloat16. One without specialists is a base alone, so everything that loads a model loads a cascade.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanopoe.checkpoint.container import DTYPE_NAMES, raw_chunks
+from nanopoe.checkpoint.delta import MANIFEST, Delta, Pointer, local_names, write_delta
+from nanopoe.checkpoint.store import Checkpoint, open_checkpoint
+from nanopoe.config.layout import layout_of
+from nanopoe.config.schema import ModelConfig, SpecialistShape
+from nanopoe.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Link:
+    """One specialist: its model as it was trained (the last of a chain), and what stands below it."""
+
+    name: str
+    path: Path
+    step: int
+    model: ModelConfig
+    parent: Pointer
+    source: Checkpoint | Delta
+
+    def read(self, local: str) -> Tensor:
+        """An own parameter (h.0.attn.c_q.weight, chat_rows, ..) in fp32."""
+        if isinstance(self.source, Delta):
+            return self.source.own(local)
+        whole = local if local == "chat_rows" else f"specialists.{len(self.model.specialists) - 1}.{local}"
+        return self.source.read(whole)
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Its digest."""
+        if isinstance(self.source, Delta):
+            return self.source.tokenizer
+        return self.source.manifest.fingerprints.get("tokenizer")
+
+    def digest(self) -> str:
+        if isinstance(self.source, Delta):
+            return self.source.digest
+        names = [*local_names(self.model), "chat_rows"]
+        return digest_of(((name, self.read(name)) for name in sorted(names)), self.parent.digest)
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """A base and specialists, each behind its parent; `config` is the model they make up, `names` and `digests` are of
+    the specialists. The last one is that of the folder that was opened."""
+
+    base: Checkpoint
+    config: ModelConfig
+    links: tuple[Link, ...] = ()
+    names: tuple[str, ...] = ()
+    base_digest: str = ""
+    digests: tuple[str, ...] = ()
+
+    def read(self, name: str) -> Tensor:
+        """A parameter of the model by its name."""
+        if name == "chat_rows":
+            return self.links[-1].read(name)
+        if name.startswith("specialists."):
+            _, i, local = name.split(".", 2)
+            return self.links[int(i)].read(local)
+        return self.base.read(name)
+
+    @property
+    def digest(self) -> str:
+        """Of its last specialist, or of the base if it has none."""
+        return self.digests[-1] if self.links else self.base_digest
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]], below: str = "") -> str:
+    """SHA-256 in hex over `below` and each tensor's name, dtype, shape and bytes, in the order given."""
+    h = hashlib.sha256(below.encode())
+    for name, tensor in tensors:
+        h.update(json.dumps([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)]).encode() + b"\n")
+        for chunk in raw_chunks(tensor):
+            h.update(chunk)
+    return h.hexdigest()
+
+
+def weights_digest(base: Checkpoint) -> str:
+    """The digest of a base: all its weights in the order of their names, verified while read."""
+    return digest_of((name, base.read(name)) for name in sorted(base.weights))
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+def open_cascade(path: str | os.PathLike[str], step: int | None = None, *, base: str | os.PathLike[str] | None = None,
+                 siblings: Mapping[str, Path] | None = None) -> Cascade:
+    """The model in `path`, a run (its checkpoint of `step`, or the newest) or a delta, with all that it stands on.
+
+    `base` says where the base is, instead of where the specialists say. `siblings` are more specialists by name, on the
+    same base; the one of `path` comes last. CheckpointError for a missing or foreign parent, a cycle, or specialists
+    that do not go together; ConfigError for names given twice.
+    """
+    root, chain = follow(Path(path), step, None if base is None else Path(base))
+    chains = [chain]
+    for sibling in (siblings or {}).values():
+        _, links = follow(sibling, None, None if base is None else Path(base))
+        if not links:
+            raise CheckpointError("is no specialist", sibling, "give the folder of a specialist's run, or of a delta")
+        chains.append(links)
+    given = [None, *(siblings or {})]
+    order = [*range(1, len(chains)), *([0] if chain else [])]
+    return assemble(root, [(given[i], chains[i]) for i in order])
+
+
+def opened(checkpoint: Checkpoint, base: str | os.PathLike[str] | None = None) -> Cascade:
+    """The cascade that ends with an open checkpoint."""
+    root, chain = follow_from(checkpoint, None if base is None else Path(base), [place(checkpoint.path)])
+    return assemble(root, [(None, chain)] if chain else [])
+
+
+def follow(path: Path, step: int | None, base: Path | None) -> tuple[Checkpoint, list[Link]]:
+    return follow_from(open_source(path, step), base, [place(path)])
+
+
+def follow_from(source: Checkpoint | Delta, base: Path | None, seen: list[str]) -> tuple[Checkpoint, list[Link]]:
+    """The root below `source`, and the specialists from it up. Pointers are followed before a tensor is read."""
+    links: list[Link] = []
+    while True:
+        link = link_of(source)
+        if link is None:
+            assert isinstance(source, Checkpoint)
+            return source, links[::-1]
+        links.append(link)
+        below = base if base is not None and len(link.model.specialists) == 1 else parent_path(link)
+        if place(below) in seen:
+            raise CheckpointError("stands on itself: a cycle of parents", link.path, f"it names {below}")
+        seen.append(place(below))
+        try:
+            source = open_source(below, link.parent.step if below != base else None)
+        except CheckpointError as error:
+            raise CheckpointError(f"its base {link.parent.name} cannot be opened: {error.render()}", link.path,
+                                  "put it there, or say with --base where it is") from error
+
+
+def open_source(path: Path, step: int | None) -> Checkpoint | Delta:
+    return Delta(path) if is_delta(path) else open_checkpoint(path, step)
+
+
+def is_delta(path: str | os.PathLike[str]) -> bool:
+    return (Path(path) / MANIFEST).exists()
+
+
+def place(path: Path) -> str:
+    return os.path.realpath(path)
+
+
+def link_of(source: Checkpoint | Delta) -> Link | None:
+    """None of a base."""
+    if isinstance(source, Delta):
+        return Link(source.name, source.path, source.step, source.model, source.parent, source)
+    experiment = source.experiment
+    if experiment.specialist is None:
+        return None
+    fingerprints = source.manifest.fingerprints
+    wanted = experiment.specialist
+    step = fingerprints.get("base_step", "")
+    pointer = Pointer(fingerprints.get("base", ""), wanted.base, int(step) if step.isdecimal() else wanted.base_step,
+                      os.path.basename(os.path.normpath(wanted.base)))
+    return Link(experiment.name, source.path, source.step, experiment.model, pointer, source)
+
+
+def parent_path(link: Link) -> Path:
+    """Of a delta relative to its folder, of a run as its experiment has it."""
+    if link.parent.path is None:
+        raise CheckpointError(f"does not say where its base {link.parent.name} is", link.path, "say it with --base")
+    return link.path / link.parent.path if isinstance(link.source, Delta) else Path(link.parent.path)
+
+
+# -- putting together -------------------------------------------------------------------------------------------------
+
+def assemble(root: Checkpoint, chains: list[tuple[str | None, list[Link]]]) -> Cascade:
+    """Digests are compared here, from the base up; what several chains share is there once."""
+    base_digest = weights_digest(root) if chains else ""
+    config = root.experiment.model
+    links: list[Link] = []
+    shapes: list[SpecialistShape] = []
+    digests: list[str] = []
+    names: list[str] = []
+    for given, chain in chains:
+        below: int | None = None
+        for at, link in enumerate(chain):
+            expected = base_digest if below is None else digests[below]
+            if link.parent.digest != expected:
+                raise CheckpointError(
+                    f"stands on {link.parent.name}, whose digest begins with {link.parent.digest[:12]}, not on "
+                    f"{root.experiment.name if below is None else links[below].name} ({expected[:12]})", link.path,
+                    "use the base it was trained on")
+            check_trunk(root.experiment.model, link.model, link.path)
+            if link.tokenizer != root.manifest.fingerprints.get("tokenizer"):
+                raise CheckpointError("was trained with another tokenizer than its base", link.path, "use its own base")
+            digest = link.digest()
+            if digest not in digests:
+                links.append(link)
+                digests.append(digest)
+                shapes.append(SpecialistShape(n_layer=link.model.specialists[-1].n_layer, parent=below))
+                names.append(link.name if given is None or link is not chain[-1] else given)
+                if isinstance(link.source, Delta):
+                    link.source.check_against(Cascade(root, link.model, tuple(chain[:at])).read)
+            below = digests.index(digest)
+        config = chain[-1].model
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ConfigError(f"two specialists are named {', '.join(sorted(twice))}", do="rename one: NAME=PATH")
+    check_siblings(links)
+    return Cascade(root, config.model_copy(update={"specialists": tuple(shapes)}), tuple(links), tuple(names),
+                   base_digest, tuple(digests))
+
+
+def check_trunk(base: ModelConfig, mine: ModelConfig, where: str | os.PathLike[str]) -> None:
+    """Nothing may have moved in the base: its stages, windows and value embeddings are where they were. Its context may
+    have grown, with the windows written out, which else would grow with it."""
+    if mine.sequence_len < base.sequence_len:
+        raise CheckpointError(f"model.sequence_len {mine.sequence_len} is below its base's {base.sequence_len}", where,
+                              "give it the base's, or more")
+    for what, there, here in differences(base, mine):
+        raise CheckpointError(f"{what} is {here}, its base has {there}", where, "write the base's into its config")
+
+
+def differences(base: ModelConfig, mine: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """(key, the base's value, this one's) of everything about the frozen part that is not the same."""
+    one, other = layout_of(base), layout_of(mine)
+    pairs = [(f"model.{key}", getattr(base, key), getattr(mine, key)) for key in
+             ("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size", "poe_mode", "stage_heads")]
+    pairs += [("model.intermediate_size", one.intermediate, other.intermediate),
+              ("the stages' last layers", one.boundaries, other.boundaries),
+              ("model.ve_layers", one.ve_layers, other.ve_layers),
+              ("model.window_sizes", one.window_sizes, other.window_sizes)]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def check_siblings(links: list[Link]) -> None:
+    """What is there once for all of them must be the same for all: the context and the chat tokens' rows."""
+    for link in links[1:]:
+        if link.model.sequence_len != links[0].model.sequence_len:
+            raise CheckpointError(f"model.sequence_len is {link.model.sequence_len}, of {links[0].name} "
+                                  f"{links[0].model.sequence_len}", link.path, "load them one at a time")
+        if not torch.equal(link.read("chat_rows"), links[0].read("chat_rows")):
+            raise CheckpointError(f"its chat tokens have other embeddings than those of {links[0].name}", link.path,
+                                  "load them one at a time")
+
+
+# -- deltas of runs ---------------------------------------------------------------------------------------------------
+
+def save_delta(cascade: Cascade, out: str | os.PathLike[str], dtype: Any = "bfloat16") -> Path:
+    """Write the last specialist of a cascade as a delta; errors as of write_delta, ConfigError for a base alone.
+
+    The pointer to its base is relative to `out`, so that the two can move together.
+    """
+    if not cascade.links:
+        raise ConfigError(f"{cascade.base.experiment.name} is a base, not a specialist", out, "name a specialist's run")
+    link = cascade.links[-1]
+    pointer = {"digest": link.parent.digest, "name": link.parent.name, "step": link.parent.step,
+               "path": os.path.relpath(parent_path(link), out) if link.parent.path is not None else None}
+    manifest = {"name": link.name, "step": link.step, "digest": cascade.digest, "base": cascade.base_digest,
+                "parent": pointer, "tokenizer": link.tokenizer}
+    return write_delta(out, link.model, cascade.read, manifest, dtype)
+
