@@ -59,6 +59,8 @@ def main() -> None:
                               "start it with python -m scripts.calibrate")
         model, tokenizer, checkpoint = load_trained(args.run, args.step, here)
         check_poe(model.config, str(args.run))
+        if model.config.specialists:
+            raise ConfigError("is a specialist; the modes belong to its base", args.run, "calibrate the base's own run")
         path = evaluation_path(args.run, checkpoint.step)
         if not (path.exists() and is_of(read_evaluation(path), checkpoint.identity)):
             result = evaluate_checkpoint(args.run, checkpoint.step, Request(speed=False), here)

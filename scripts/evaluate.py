@@ -1,4 +1,5 @@
-"""Evaluate checkpoints: bits per byte and accuracy of every view, calibration, every mode, seven probes."""
+"""Evaluate checkpoints: bits per byte and accuracy of every view and every source of conversations, calibration, every
+mode, seven probes. What a specialist is on top of its base; the base's own stages belong to the base's run."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
   python -m scripts.evaluate out/poe_1p3b --steps 5000,10000-20000 --tokens 1048576
   torchrun --nproc_per_node=8 -m scripts.evaluate out/poe_1p3b     each rank reads its share of the rows
   python -m scripts.evaluate out/quickstart --json | jq .bpb
+  python -m scripts.evaluate out/stage_tool_quickstart --json | jq .specialists.bpb,.sources
 
 writes RUN/evaluation/step_NNNNNNNN.json and .md; its keys: nanopoe.train.trajectory. scripts.report draws them"""
 
@@ -118,6 +120,7 @@ def tell(args: argparse.Namespace, record: dict[str, Any], steps: int, old: bool
     from rich.console import Console
 
     from nanopoe.checkpoint.evaluation import evaluation_path
+    from nanopoe.report.record import record_of
     from nanopoe.report.tables import evaluation_table
 
     console, path = Console(highlight=False), evaluation_path(args.run, record["step"])
@@ -127,10 +130,14 @@ def tell(args: argparse.Namespace, record: dict[str, Any], steps: int, old: bool
     if record["tokens"] < record["request"]["tokens"]:
         print(f"the validation split fills {record['tokens']:,} of {record['request']['tokens']:,} tokens",
               file=sys.stderr)
+    if record.get("truncated"):
+        print(f"{record['truncated']:,} conversations lost their front, being longer than a row", file=sys.stderr)
     if steps > 1:
         done = "already evaluated" if old else f"{record['seconds']:.1f} s"
-        print(f"step {record['step']}: bpb {record['bpb']['full']:.6f}, accuracy {record['accuracy']['full']:.2%}, "
-              f"{done}", flush=True)
+        found = record_of(record, path)
+        against = f" (base {found.bpb.full:.6f})" if found.specialists else ""
+        print(f"step {found.step}: bpb {found.trained.bpb:.6f}{against}, accuracy {found.trained.accuracy:.2%}, {done}",
+              flush=True)
         return
     console.print(evaluation_table(record, f"{record['run']}, step {record['step']}"))
     console.print(f"\n{'evaluated before; --again repeats it:' if old else 'saved as'} {path} and .md", markup=False,

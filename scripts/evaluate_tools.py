@@ -23,6 +23,8 @@ EXAMPLES = """examples:
   python -m scripts.evaluate_tools out/stage_tool_quickstart --constrained      a call is valid JSON of its function
   python -m scripts.evaluate_tools out/stage_tool_quickstart --json | jq .tools.all.parse
 
+adds to RUN/evaluation/tools_step_NNNNNNNN.jsonl, a line for each way of asking; scripts.report shows it.
+
 --limit takes the first so many conversations with tools, and as many of arithmetic. What is counted: see
 nanopoe.infer.tools. No function of the embedded set's val/ is in its train/: made with --val-percent 5 on Python
 3.11, the 24 functions of val/ are none of the 268 of train/"""
@@ -42,6 +44,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="replies at a time [16]")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of arithmetic [float32]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True,
+                        help="keep the record with the run [yes]")
     parser.add_argument("--json", action="store_true", help="print the record as JSON, not as tables")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
@@ -56,9 +60,11 @@ def main() -> None:
 
     import torch
 
+    from nanopoe.checkpoint.cascade import is_delta
+    from nanopoe.checkpoint.evaluation import save_tools
     from nanopoe.dist import world
     from nanopoe.infer.engine import Engine
-    from nanopoe.infer.tools import Budget, evaluate_arithmetic, evaluate_calls
+    from nanopoe.infer.tools import METRICS, Budget, evaluate_arithmetic, evaluate_calls
     from nanopoe.infer.weights import Weights
     from nanopoe.train.restore import load_trained
 
@@ -68,16 +74,25 @@ def main() -> None:
             raise ConfigError(f"generates on one rank, not {here.size}", "torchrun",
                               "start it with python -m scripts.evaluate_tools")
         model, tokenizer, checkpoint = load_trained(args.run, args.step, here)
-        with_tools, arithmetic = read(args.data, checkpoint.experiment, args.limit)
+        sources = opened(args.data, checkpoint.experiment)
+        with_tools, arithmetic = read(sources, args.data or "data.val", args.limit)
         engine, budget = Engine(Weights(model, getattr(torch, args.dtype))), Budget(args.tokens, args.batch)
         del model
         with shown("tool calls") as show:
             tools = evaluate_calls(engine, tokenizer, with_tools, layouts, budget, args.constrained, show)
         with shown("arithmetic") as show:
             numbers = evaluate_arithmetic(engine, tokenizer, arithmetic, budget, show)
-    tell({"run": checkpoint.experiment.name, "step": checkpoint.step, "constrained": args.constrained,
-          "max_new_tokens": args.tokens, "conversations": len(with_tools), "tools": tools, "arithmetic": numbers},
-         args.json)
+    request = {"checkpoint": checkpoint.identity, "data": {source.name: source.digest for source in sources},
+               "limit": args.limit, "layouts": layouts, "constrained": args.constrained, "tokens": args.tokens,
+               "dtype": args.dtype}
+    record = {"run": checkpoint.experiment.name, "step": checkpoint.step, "request": request,
+              "conversations": len(with_tools), "metrics": METRICS, "tools": tools, "arithmetic": numbers}
+    tell(record, args.json)
+    if args.save and is_delta(args.run):
+        print(f"not saved: {args.run} is a delta, its run keeps evaluations", file=sys.stderr)
+    elif args.save:
+        path = save_tools(args.run, record)
+        print(f"saved in {path}", file=sys.stderr if args.json else sys.stdout)
 
 
 def chosen_layouts(text: str) -> list[str]:
@@ -92,23 +107,24 @@ def chosen_layouts(text: str) -> list[str]:
     return names
 
 
-def read(folder: Path | None, experiment: Experiment, limit: int | None) -> tuple[list[Case], list[Case]]:
-    """(with tools, arithmetic) of the folder, or of the experiment's validation split."""
+def read(sources: list[Source], where: Path | str, limit: int | None) -> tuple[list[Case], list[Case]]:
+    """(with tools, arithmetic) of the sources; DataError, naming where they are, without any with tools."""
     from nanopoe.infer.tools import cases_of
 
     with_tools: list[Case] = []
     arithmetic: list[Case] = []
-    for source in opened(folder, experiment):
+    for source in sources:
         some, others = cases_of(source.texts(), source.name, limit)
         with_tools += some
         arithmetic += others
     if not with_tools:
-        raise DataError("no conversations with tools", folder or "data.val",
+        raise DataError("no conversations with tools", where,
                         "name another folder with --data, such as data/chat/val")
     return with_tools[:limit], arithmetic[:limit]
 
 
 def opened(folder: Path | None, experiment: Experiment) -> list[Source]:
+    """Of the folder, or of the experiment's validation split."""
     from nanopoe.data.loader import open_sources
     from nanopoe.data.shards import CONVERSATION, open_source
 
@@ -144,27 +160,17 @@ def shown(label: str) -> Iterator[Callable[[int, int], None]]:
 
 def tell(record: dict[str, Any], as_json: bool) -> None:
     from nanopoe.checkpoint.tables import print_json, print_table
-    from nanopoe.infer.tools import METRICS
+    from nanopoe.report.tools import tools_record, tools_rows
 
     if as_json:
         print_json(record)
         return
-    tools, numbers = record["tools"], record["arithmetic"]
-    bound = ", constrained" if record["constrained"] else ""
-    print(f"{record['run']}, step {record['step']}{bound}: {record['conversations']:,} conversations with tools, "
-          f"{tools['prompts']:,} prompts, {tools['too_long']:,} too long for the model and left out\n")
-    columns = {**tools["layouts"], "all": tools["all"]}
-    print_table(["", "of", *columns], [[metric.replace("_", " "), of, *(cell(c[metric]) for c in columns.values())]
-                                       for metric, of in METRICS.items()], right=range(2, 2 + len(columns)))
-    if tools["calls"]:
-        print(f"\ncalls: {', '.join(f'{n:,} {what}' for what, n in tools['calls'].items())}")
-    print(f"\narithmetic: exact {cell(numbers['exact'])}, stop {cell(numbers['stop'])}, "
-          f"{numbers['too_long']:,} too long and left out")
-
-
-def cell(found: dict[str, Any]) -> str:
-    rate = "-" if found["rate"] is None else f"{100 * found['rate']:.1f} %"
-    return f"{found['n']}/{found['of']} {rate}"
+    found = tools_record(record, "this evaluation")
+    bound = ", constrained" if found.request.constrained else ""
+    print(f"{found.run}, step {found.step}{bound}: {found.said}\n")
+    head, rows = tools_rows(found)
+    print_table(head, rows, right=range(2, len(head)))
+    print(*("", *found.more), sep="\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   python -m scripts.export_hf out/tool --out hub/tool --parent hub/poe-1p3b          a specialist: its delta alone
   python -m scripts.export_hf out/tool --out hub/tool --parent me/poe-1p3b@4f2a91c   .. on a base that is on the Hub
   python -m scripts.export_hf out/tool --out hub/tool-whole --merged                 .. with all that it stands on
+  python -m scripts.export_hf deltas/tool --out hub/tool --parent hub/poe-1p3b       a delta is taken like its run
 
 The card shows the scores of RUN/evaluation/step_NNNNNNNN.json where scripts.evaluate has written it; the model's
 generate_wand and generate_routed read what was calibrated there."""
@@ -23,7 +24,7 @@ generate_wand and generate_routed read what was calibrated there."""
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.export_hf", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of a specialist's delta")
     parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -31,6 +32,8 @@ def main() -> None:
                         help="of a specialist: the export it stands on, of the same dtype; only the delta is written")
     parser.add_argument("--merged", action="store_true",
                         help="of a specialist: one model with all that it stands on")
+    parser.add_argument("--base", type=Path, metavar="RUN",
+                        help="of a specialist: the run it stands on, if that is not where the specialist says")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in DIR")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
@@ -38,7 +41,7 @@ def main() -> None:
     from nanopoe.export.run import export_run
 
     out, step = export_run(args.run, args.out, step=args.step, dtype=args.dtype, parent=args.parent,
-                           merged=args.merged, overwrite=args.overwrite)
+                           merged=args.merged, base=args.base, overwrite=args.overwrite)
     print(f"step {step} exported to {out}")
 
 

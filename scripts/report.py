@@ -16,8 +16,10 @@ EXAMPLES = """examples:
   python -m scripts.report out/quickstart                              into out/quickstart/report
   python -m scripts.report out/poe_3b --steps 83923,100000-134723 --out out/second_cycle
   python -m scripts.report out/small_bp out/small_poe --out out/comparison
+  python -m scripts.report out/sft_tool out/stage_tool_quickstart --out out/comparison
 
-reads RUN/metrics.jsonl and RUN/evaluation/step_*.json (scripts.evaluate, scripts.calibrate)
+reads RUN/metrics.jsonl, RUN/evaluation/step_*.json (scripts.evaluate, scripts.calibrate) and tools_step_*.jsonl
+(scripts.evaluate_tools)
 writes report.html, one page that needs no network, report.md, and its pictures as PNG files"""
 
 
@@ -55,7 +57,7 @@ def main() -> None:
     except OSError as error:
         raise StorageError(f"cannot be written ({error.strerror or error})", out,
                            "free space or choose another --out") from error
-    evaluations = {run.name: run.newest.model_dump() for run in runs if run.newest}
+    evaluations = {run.name: run.newest for run in runs if run.newest}
     if evaluations:
         from rich.console import Console
 

@@ -40,6 +40,45 @@ def record(step: int, stages: int = 4, *, poe: bool = True, level: float = 1.0, 
     return {**result, **changes}
 
 
+def specialist_record(step: int, stages: int = 2, *, poe: bool = True, below: int = 0, level: float = 1.0,
+                      sources: Sequence[str] = ("chats",), **changes: Any) -> dict[str, Any]:
+    """Of a specialist that falls below its base, which stays; `below` more specialists are between them."""
+    base = record(100, stages, poe=poe, calibrated=False, modes=False)
+    full, hits = base["bpb"]["full"], base["accuracy"]["full"]
+    own = [*(full - 0.01 * (i + 1) for i in range(below)), level * full * 50 / (50 + step)]
+    special = {"bpb": {"specialist": own, "dual": [(2 * v + full) / 3 for v in own]},
+               "accuracy": {"specialist": [hits + 0.1] * len(own), "dual": [hits + 0.05] * len(own)}}
+
+    def score(bpb: float, accuracy: float) -> dict[str, Any]:
+        return {"bpb": bpb, "accuracy": accuracy}
+
+    told = {name: {**score(own[-1] + 0.1 * i, hits + 0.1), "targets": 100, "bytes": 400, "tokens": 900, "truncated": i,
+                   "base": score(full + 0.1 * i, hits), "dual": score(special["bpb"]["dual"][-1], hits + 0.05)}
+            for i, name in enumerate(sources)}
+    probes = [{"prompt": p, "answers": {v: f" {v} says {step}" for v in ("specialist", "dual", "base")}}
+              for p in PROMPTS]
+    return {**base, "step": step, "specialists": special, "sources": told, "truncated": 3, "asked": "question",
+            "probes": probes, **changes}
+
+
+def tools_record(step: int, checkpoint: str = "c" * 64, *, parse: int = 9, constrained: bool = False,
+                 data: str = "chats") -> dict[str, Any]:
+    """As scripts.evaluate_tools writes it, of two layouts."""
+    def rate(n: int, of: int) -> dict[str, Any]:
+        return {"n": n, "of": of, "rate": n / of if of else None}
+
+    one = {"parse": rate(parse, 10), "function": rate(7, 11), "refusal": rate(0, 0)}
+    both = {"parse": rate(2 * parse, 20), "function": rate(14, 22), "refusal": rate(0, 0)}
+    request = {"checkpoint": checkpoint, "data": {data: "d" * 64}, "limit": None, "layouts": ["one", "compact"],
+               "constrained": constrained, "tokens": 64, "dtype": "float32"}
+    return {"run": "made-up", "step": step, "request": request, "conversations": 12,
+            "metrics": {"parse": "replies that open a call", "function": "references with calls",
+                        "refusal": "references without a call"},
+            "tools": {"prompts": 24, "too_long": 2, "layouts": {"one": one, "compact": one}, "all": both,
+                      "calls": {"opened": 5, "cut": 1} if constrained else None},
+            "arithmetic": {"prompts": 4, "too_long": 0, "exact": rate(1, 4), "stop": rate(4, 4)}}
+
+
 def calibration(step: int, stages: int) -> dict[str, Any]:
     bounds = [4 / (k + 1) + 50 / (step + 50) for k in range(stages - 1)]
 

@@ -114,6 +114,20 @@ def test_siblings_share_a_base_and_keep_their_logits(family: Path) -> None:
     assert loaded.names == ("x", "y", "z") and [s.parent for s in loaded.model.config.specialists] == [None, None, 1]
 
 
+def test_a_rounded_delta_stands_on_what_is_not_rounded(family: Path, tmp_path: Path) -> None:
+    """bfloat16 of b on the run a, beside the run d: a and d keep their bits, chat tokens included."""
+    out = save_delta(open_cascade(family / "b"), tmp_path / "b", "bfloat16")
+    loaded = load_cascade(out, None, ALONE, siblings={"d": family / "d"}, base=family / "base")
+    ids = ids_without_chat()
+    ids[:, 5] = 293
+    with torch.no_grad():
+        states = loaded.model.boundary_states(ids)
+        for name in ("a", "d"):
+            k = loaded.model.layout.n_stages + loaded.names.index(name)
+            assert torch.equal(loaded.model.stage_logits(states[k], k), logits(family / name)), name
+    assert (loaded.model(ids) - logits(family / "b")).abs().max() > 0          # control: b itself is rounded
+
+
 def test_a_specialist_of_another_base_is_refused(data: Path, family: Path, tmp_path: Path) -> None:
     train(ALONE, experiment_dict(data, tmp_path / "other", name="other", seed=99, **SHORT))
     train(ALONE, specialist_dict(data, tmp_path / "e", tmp_path / "other", **SHORT))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from nanopoe.checkpoint.cascade import open_cascade, save_delta
 from nanopoe.data.conversations import conversation_of
 from nanopoe.data.render import encode_pieces, pieces
 from nanopoe.export import export
@@ -90,6 +92,55 @@ def test_script_exports_a_chain(runs: Path, tmp_path: Path, monkeypatch: pytest.
     os.rename("base", "moved")
     code, said = call("second", script=try_main)
     assert code == 4 and "its parent is not there" in said and said.count("\n") == 1
+
+
+def test_a_delta_is_exported_like_its_run(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts.export_hf import main
+
+    def exported(folder: Path, *arguments: str, dtype: str = "float32") -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["script", str(folder), *arguments, "--dtype", dtype])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    def differ(one: str, other: str) -> list[str]:
+        a, b = (tmp_path / name for name in (one, other))
+        assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+        return sorted(p.name for p in a.iterdir() if p.read_bytes() != (b / p.name).read_bytes())
+
+    monkeypatch.chdir(tmp_path)
+    for name, run, dtype in (("first", "first", "float32"), ("second", "second", "float32"),
+                             ("rounded", "first", "bfloat16")):
+        save_delta(open_cascade(runs / run), tmp_path / f"{name}.delta", dtype)
+    assert exported(runs / "base", "--out", "base")[0] == 0
+    for kind in ("", ".delta"):
+        folder, end = tmp_path if kind else runs, f"-of{kind}"
+        assert exported(folder / f"first{kind}", "--out", f"first{end}", "--parent", "base")[0] == 0
+        assert exported(folder / f"second{kind}", "--out", f"second{end}", "--parent", "first-of")[0] == 0
+        assert exported(folder / f"second{kind}", "--out", f"whole{end}", "--merged")[0] == 0
+    for name in ("first", "second", "whole"):                # the card tells its own folder's name
+        assert differ(f"{name}-of", f"{name}-of.delta") == ["README.md"]
+    assert exported(tmp_path / "rounded.delta", "--out", "rounded", "--parent", "base")[0] == 0
+    assert differ("rounded", "first-of") == ["README.md", "delta.safetensors"]              # control
+    with torch.no_grad():
+        ids = torch.arange(24).view(2, 12)
+        moved = gap(load(tmp_path / "rounded")(ids).logits, load(tmp_path / "first-of")(ids).logits)
+    assert 0 < moved < 0.2
+    os.rename(tmp_path / "first.delta", tmp_path / "away")
+    shutil.copytree(tmp_path / "away", tmp_path / "far" / "off")
+    away = tmp_path / "far" / "off"
+    for arguments, code, message in (
+            (("--merged",), 4, "its base base cannot be opened.*say with --base where it is"),
+            (("--merged", "--base", str(runs / "cousin")), 4, "stands on base, whose digest begins with"),
+            (("--parent", "base", "--step", "3"), 2, "is a delta, which holds one step; leave out --step"),
+            ((), 2, "is a specialist's delta; give --parent.* or --merged")):
+        found, said = exported(away, "--out", "x", *arguments)
+        assert found == code and said.count("\n") == 1 and re.search(message, said), said
+    assert exported(away, "--out", "x", "--parent", "base", "--base", str(runs / "base"))[0] == 0
+    assert differ("x", "first-of") == ["README.md"]
+    code, said = exported(runs / "base", "--out", "y", "--base", str(runs / "base"))
+    assert code == 2 and "leave out --parent, --merged and --base" in said
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------

@@ -112,21 +112,25 @@ def test_both_media_show_the_same_cells() -> None:
 def test_comparison_tells_the_gap_to_bp() -> None:
     bp = {**BP, "bpb": {**BP["bpb"], "full": .676788}}
     poe = {**published()[0], "bpb": {**published()[0]["bpb"], "full": .720935}}
-    head, rows = comparison_rows({"bp": bp, "poe": poe})
+    head, rows = compared(bp=bp, poe=poe)
     cells = dict(zip(head, rows[1], strict=True))
     assert cells["gap to BP"] == "+6.52 %"                          # SPEC 11
     assert cells["stage 3"] == "0.724273"
     assert cells["prefix 3"] == "0.725363"
     assert rows[0][head.index("gap to BP")] == "baseline"
     assert rows[0][head.index("stage 0")] == "-"
-    assert comparison_rows({"poe": poe})[1][0][2] == "-"            # no BP, no gap
-    assert comparison_rows({"bp": bp, "poe": {**poe, "bytes": 401}})[1][1][2] == "other data"
+    assert compared(poe=poe)[1][0][2] == "-"                        # no BP, no gap
+    assert compared(bp=bp, poe={**poe, "bytes": 401})[1][1][2] == "other data"
     two = record(100, 2)
-    head, rows = comparison_rows({"poe": poe, "two": two})
+    head, rows = compared(poe=poe, two=two)
     assert len({len(row) for row in [head, *rows]}) == 1
     assert rows[1][head.index("stage 2")] == "-"
     for cell in ("+6.52 %", "0.720935", "baseline"):
-        assert cell in text_of(comparison_table({"bp": bp, "poe": poe}))
+        assert cell in text_of(comparison_table({"bp": record_of(bp, Path("x")), "poe": record_of(poe, Path("x"))}))
+
+
+def compared(**results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    return comparison_rows({name: record_of(result, Path("x")) for name, result in results.items()})
 
 
 def test_runs_meet_after_the_same_tokens(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nanopoe.config.schema import ModelConfig, SpecialistShape
 from nanopoe.dist import World
 from nanopoe.errors import CheckpointError, ConfigError, NanopoeError
 from nanopoe.model import GPT
-from nanopoe.model.specialist import backward
+from nanopoe.model.specialist import backward, scale_entry
 from nanopoe.train import loop
 from nanopoe.train.restore import load_cascade
 from nanopoe.train.state_cache import StateCache
@@ -41,7 +41,7 @@ def specialist_dict(data: Path, run_dir: Path, base: Path, *stages: dict[str, An
     chain = list(stages) or [stage()]
     return experiment_dict(data, run_dir, **{
         "name": run_dir.name, "task": "specialist", "seed": 3, "optim.embedding_lr": None,
-        "specialist": {"base": str(base), "base_step": None, "warm_start": len(chain) == 1},
+        "specialist": {"base": str(base), "base_step": None, "warm_start": len(chain) == 1, "scale_entry": False},
         "model.specialists": chain, **changes})
 
 
@@ -118,6 +118,32 @@ def test_at_step_0_a_specialist_is_the_base(base: Path) -> None:
         assert torch.equal(model(ids_without_chat()), model.stage_logits(states[-2], model.layout.n_stages - 1))
         model.specialists[0].h[2].mlp.c_proj.weight.add_(0.1)                  # control
         assert not torch.equal(model.boundary_states(ids_without_chat())[-1], states[-2])
+
+
+def test_a_scaled_entry_keeps_the_expert(data: Path, poe_base: Path, tmp_path: Path) -> None:
+    """r of the first new block is a power of two that brings its state to about one; the expert is the same."""
+    loaded = load_cascade(poe_base, None, ALONE).model
+    model = GPT(loaded.config.model_copy(update={"specialists": (SpecialistShape(n_layer=2, parent=None),)}))
+    model.init_weights(0)
+    model.load_state_dict(loaded.state_dict(), strict=False)
+    with torch.no_grad():
+        for name in ("resid_lambdas", "x0_lambdas"):
+            getattr(model, name).mul_(3)                                       # a long residual stream
+        before = model(ids_without_chat())
+        length = model.boundary_states(ids_without_chat())[-1].square().mean().sqrt()
+        scale_entry(model, 0)
+        state = model.boundary_states(ids_without_chat())[-1]
+        assert length > 4 and 0.5 < state.square().mean().sqrt() < 2           # control: it was long
+        torch.testing.assert_close(model(ids_without_chat()), before, rtol=0, atol=1e-4)
+    r = float(model.specialists[0].resid_lambdas[0])
+    assert math.log2(r).is_integer() and r < 0.5 and float(model.specialists[0].resid_lambdas[1]) == 1
+    model.load_state_dict(loaded.state_dict(), strict=False)                   # and in a run, but for one update
+    scale_entry(model, 3)
+    for run, scaled in (("run", True), ("as", False)):
+        train(ALONE, specialist_dict(data, tmp_path / run, poe_base, **{"specialist.scale_entry": scaled}))
+    one, other = (float(open_checkpoint(tmp_path / run, 1).read("specialists.0.resid_lambdas")[0])
+                  for run in ("run", "as"))
+    assert abs(one - float(model.specialists[0].resid_lambdas[0])) < 0.01 and abs(other - 1) < 0.01 < abs(one - 1)
 
 
 def test_only_the_last_specialist_learns() -> None:

@@ -46,6 +46,11 @@ class Link:
         return self.source.read(whole)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which its tensors are stored."""
+        return self.source.dtype if isinstance(self.source, Delta) else torch.float32
+
+    @property
     def tokenizer(self) -> str | None:
         """Its digest."""
         if isinstance(self.source, Delta):
@@ -73,8 +78,8 @@ class Cascade:
 
     def read(self, name: str) -> Tensor:
         """A parameter of the model by its name."""
-        if name == "chat_rows":
-            return self.links[-1].read(name)
+        if name == "chat_rows":                                  # the same in all, but for the rounding of some
+            return min(self.links, key=lambda link: link.dtype == torch.bfloat16).read(name)
         if name.startswith("specialists."):
             _, i, local = name.split(".", 2)
             return self.links[int(i)].read(local)
@@ -250,12 +255,14 @@ def differences(base: ModelConfig, mine: ModelConfig) -> list[tuple[str, Any, An
 
 
 def check_siblings(links: list[Link]) -> None:
-    """What is there once for all of them must be the same for all: the context and the chat tokens' rows."""
+    """What is there once for all of them must be the same for all: the context, and the chat tokens' rows as the
+    coarsest of them stores them."""
+    dtype = torch.bfloat16 if any(link.dtype == torch.bfloat16 for link in links) else torch.float32
     for link in links[1:]:
         if link.model.sequence_len != links[0].model.sequence_len:
             raise CheckpointError(f"model.sequence_len is {link.model.sequence_len}, of {links[0].name} "
                                   f"{links[0].model.sequence_len}", link.path, "load them one at a time")
-        if not torch.equal(link.read("chat_rows"), links[0].read("chat_rows")):
+        if not torch.equal(*(each.read("chat_rows").to(dtype) for each in (link, links[0]))):
             raise CheckpointError(f"its chat tokens have other embeddings than those of {links[0].name}", link.path,
                                   "load them one at a time")
 

@@ -1,7 +1,8 @@
 """The record of an evaluated step, RUN/evaluation/step_00000200.json, with the same as Markdown beside it.
 
 `scripts.evaluate` writes it; generation, exports and reports read it. Its keys: nanopoe.train.trajectory. What is under
-`calibration` scripts.calibrate may replace.
+`calibration` scripts.calibrate may replace. What scripts.evaluate_tools found of the same step is beside it, in
+tools_step_00000200.jsonl, a line for each way it was asked.
 """
 
 from __future__ import annotations
@@ -77,6 +78,40 @@ def read_calibration(run_dir: str | Path, step: int, identity: str) -> dict[str,
                               f"run scripts.evaluate {run_dir} --step {step}")
     return dict(record["calibration"])
 
+
+# -- tool calls -------------------------------------------------------------------------------------------------------
+
+def tools_path(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "evaluation" / f"tools_step_{step:08d}.jsonl"
+
+
+def save_tools(run_dir: str | Path, record: dict[str, Any]) -> Path:
+    """Add what scripts.evaluate_tools found to what is known of its step, atomically; returns the path.
+
+    It replaces the record of the same request; those of another checkpoint that was there before are dropped.
+    """
+    path = tools_path(run_dir, record["step"])
+    request = record["request"]
+    kept = [one for one in (read_tools(path) if path.exists() else [])
+            if one["request"] != request and one["request"]["checkpoint"] == request["checkpoint"]]
+    lines = [json.dumps(one, ensure_ascii=False, allow_nan=False) for one in (*kept, record)]
+    replace_file(path, "".join(f"{line}\n" for line in lines).encode())
+    return path
+
+
+def read_tools(path: Path) -> list[dict[str, Any]]:
+    """The records of a step, in the order they were made; DataError for a file scripts.evaluate_tools did not write."""
+    try:
+        records = [dict(json.loads(line)) for line in path.read_bytes().splitlines()]
+        for record in records:
+            record["tools"]["all"], record["arithmetic"]["exact"], record["request"]["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError("not an evaluation of tool calls", path,
+                        "remove the file, and run scripts.evaluate_tools") from error
+    return records
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
 
 def _write(path: Path, record: dict[str, Any]) -> None:
     replace_file(path, (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -152,6 +152,9 @@ class SpecialistConfig(Strict):
     base_step: Count | None = Field(description="its checkpoint; null = the newest at the first start, or a delta")
     warm_start: bool = Field(description="give the chat tokens the embeddings of words that mean about the same, once; "
                                          "false where the base has learned them")
+    scale_entry: bool = Field(
+        description="begin with r of the first new block at the power of two that brings the base's last state to "
+                    "about one a channel; false begins with 1, as published, where a long state drowns new blocks")
     cache_states: bool = Field(
         default=False, description="keep what the frozen part computed for a row in RUN/cache and read it when the row "
                                    "comes again (data.replay_steps); the same bits, for disk space")

@@ -6,23 +6,28 @@ tasks are computed. A model trained on them learns the form of a conversation an
 
 Functions are cut into families of neighbours, and the tools of a conversation all come from one family. The family is
 its `group`, so that a function seen in train/ is not in val/. Tasks go by their problem.
+
+In part of the conversations the functions have made-up names and the values are made-up words: a model that only knows
+the names and words it was trained on fails there, so it must learn to read them (function masking, arXiv 2410.04587).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from nanopoe.data.conversations import canonical, conversation_of
 from nanopoe.data.embedded_functions import Tool, standard_tools
-from nanopoe.data.embedded_tasks import TASKS, Draws, unfit_request
+from nanopoe.data.embedded_tasks import READING, TASKS, WORDS, Draws, Inventive, unfit_request
 from nanopoe.data.fields import Record, assistant, system, user
 from nanopoe.data.ingest import Raw
 
 FAMILY = 4                               # functions shown together at most
-TRIES = {"answered": 14, "called": 8, "at once": 6, "again": 4, "unfit": 8, "task": 150}     # of each, at most
+# of each, at most
+TRIES = {"answered": 14, "called": 8, "at once": 6, "again": 4, "unfit": 8, "renamed": 12, "task": 150, "reading": 1500}
 _SYSTEM = ("",) * 8 + ("You are a helpful assistant.", "You are a careful assistant. Answer briefly.",
                        "Use a function where one helps.")
 _OPENING = ("",) * 20 + ("Hello! ", "Hi, one question. ", "Hey, ", "Good morning. ")
@@ -44,8 +49,8 @@ def _all(seed: int) -> Iterator[Raw]:
         for what, messages, shown in _of_family(seed, family):
             yield _raw(messages, shown, f"embedded {what}", group)
     for kind, make in TASKS.items():
-        for i in range(TRIES["task"]):
-            draws = Draws(seed, "task", kind, i)
+        for i in range(TRIES["reading" if kind in READING else "task"]):
+            draws = (Inventive if kind in READING else Draws)(seed, "task", kind, i)
             task = make(draws)
             messages = [user(draws.one(_OPENING) + task.question), assistant(task.answer)]
             yield _raw(messages, [], f"embedded {kind} {i}", f"task {task.problem}")
@@ -60,6 +65,12 @@ def _of_family(seed: int, family: list[Tool]) -> Iterator[Made]:
         for i in range(TRIES[what]):
             draws = Draws(seed, what, tool.path, i)
             yield f"{what} {tool.path} {i}", _one_call(draws, tool), _shown(draws, family, [tool])
+        for i in range(TRIES["renamed"]):
+            draws = Inventive(seed, "renamed", tool.path, i)
+            shown = [replace(other, schema={**other.schema, "name": "_".join(draws.some(WORDS, draws.integer(1, 2)))})
+                     for other in _shown(draws, family, [tool])]
+            called = next(other for other in shown if other.path == tool.path)
+            yield f"renamed {tool.path} {i}", _last_call(draws, called), shown
     names = " ".join(tool.path for tool in family)
     pure = [tool for tool in family if tool.pure]
     for i in range(TRIES["at once"] if len(family) > 1 else 0):
@@ -100,6 +111,13 @@ def _one_call(draws: Draws, tool: Tool) -> list[Record]:
     """Question, call; of a function that can be called its result and an answer, too."""
     arguments = tool.arguments(draws)
     return [*_first(draws, _request(draws, tool, arguments)), *_answered(draws, [(tool, arguments)])]
+
+
+def _last_call(draws: Draws, tool: Tool) -> list[Record]:
+    """A conversation that ends with the call."""
+    arguments = tool.arguments(draws)
+    call = {"name": tool.name, "arguments": arguments}
+    return [*_first(draws, _request(draws, tool, arguments)), assistant("", [call])]
 
 
 def _two_at_once(draws: Draws, tools: list[Tool]) -> list[Record]:

@@ -28,9 +28,6 @@ def model_config(m: ModelConfig, special_ids: dict[str, int], dtype: str, name: 
     check_lookup(m)
     windows = [*layout.window_sizes, *[m.sequence_len] * sum(shape.n_layer for shape in m.specialists)]
     short = sorted({w for w in windows if w < m.sequence_len})
-    if len(short) > 1:
-        raise ConfigError(f"windows of {len(short)} sizes {short}", "export",
-                          "transformers knows one sliding window per model: use one short size")
     kinds = ["sliding_attention" if w in short else "full_attention" for w in windows]
     bos = special_ids["<|bos|>"]
     config: dict[str, Any] = {
@@ -64,7 +61,7 @@ def model_config(m: ModelConfig, special_ids: dict[str, int], dtype: str, name: 
         "nanopoe_run": {"name": name, "step": step},
     }
     if short:
-        config["sliding_window"] = short[0] + 1                  # counts the token itself, our left window does not
+        config["sliding_window"] = short[-1] + 1                 # counts the token itself, our left window does not
     if m.poe_mode == "none":
         config["backout_block"] = m.n_layer // 2
     if m.specialists:

@@ -5,6 +5,7 @@ The frozen part runs without gradient, so of it nothing is kept but the boundary
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from nanopoe.config.layout import CHAT_TOKENS
 from nanopoe.config.schema import ObjectiveConfig
-from nanopoe.model.gpt import GPT
+from nanopoe.model.gpt import GPT, Specialist
 from nanopoe.model.loss import IGNORE
 from nanopoe.model.stages import MicroLosses, backward_stages, head_backward
 
@@ -63,3 +64,18 @@ def warm_start(model: GPT, words: list[list[int]]) -> None:
     assert len(words) == CHAT_TOKENS
     for row, tokens in zip(model.chat_rows, words, strict=True):
         row.copy_(wte[torch.tensor(tokens, device=wte.device)].mean(0))
+
+
+@torch.no_grad()
+def scale_entry(model: GPT, seed: int) -> None:
+    """Set r of the last specialist's first block to a power of two near 1 / RMS of the states it reads.
+
+    The residual stream of a trained base is long (RMS 66 a channel in the quickstart's), and every norm divides by it,
+    so what zero-initialised blocks add counts for nothing for hundreds of steps. The expert stays what it was, since
+    its norm undoes any scale, but for the epsilon in that. Deviation from SPEC 8, where r = 1 (runs/LOG.md has both).
+    """
+    shape, generator = (4, min(256, model.config.sequence_len)), torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.chat_rows.device)
+    state = frozen_state(model, model.embed(ids), ids, model.rope(ids))
+    rms = float(state.float().square().mean().sqrt())
+    cast(Specialist, model.specialists[-1]).resid_lambdas[0] = 2.0 ** -round(math.log2(rms))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
 import yaml
 
 from nanopoe.config import dump_experiment
-from nanopoe.config.counts import count_parameters
+from nanopoe.config.counts import count_parameters, trained_shapes
 from nanopoe.config.layout import layout_of
-from nanopoe.config.schema import Experiment
+from nanopoe.config.schema import Experiment, ModelConfig
 from nanopoe.report.cells import Table, number, percent
-from nanopoe.report.compare import meeting_table
+from nanopoe.report.compare import baseline_name, meeting_table
+from nanopoe.report.record import Record
 from nanopoe.report.runs import RunStory
 from nanopoe.report.tables import comparison_rows, escaped, markdown_table
+from nanopoe.report.tools import tools_tables
 from nanopoe.report.trajectory import (
     alpha_tables,
     depth_tables,
@@ -27,6 +31,9 @@ from nanopoe.report.trajectory import (
 )
 
 COMPARISON_NOTE = "Bits per byte, less is better. The gap is that of the full pool to the run trained end to end (BP)."
+SPECIALISTS_NOTE = ("Bits per byte, less is better. Of a specialist's run full is the specialist, dual its pool with "
+                    "the base, of equal weights, and base the frozen model below, as it reads the same text with the "
+                    "chat tokens of that run.")
 
 
 @dataclass(frozen=True)
@@ -62,24 +69,27 @@ def run_chapter(run: RunStory, pictures: dict[str, str]) -> Chapter:
         return [pictures[kind] for kind in kinds if kind in pictures]
 
     records, newest = run.records, run.newest
-    to_calibrate = newest is not None and bool(newest.bpb.stages) and newest.n_stages > 1 and not newest.calibration
     sections = [
         Section("Trajectory", "" if records else NOT_EVALUATED, drawn("trajectory"), list(score_tables(records))),
         Section("Training", _progress(run), drawn("curves")),
-        Section("Adaptive depth", NOT_CALIBRATED.format(newest) if to_calibrate else "", drawn("depth", "exits"),
-                list(depth_tables(records))),
-        Section("Routing", "", drawn("routing"), list(routing_tables(records))),
-        Section("Speed", "", drawn("speed"), list(measured_tables(records))),
-        Section("Alpha sweep", "", drawn("alpha"), list(alpha_tables(records))),
-        Section("Probes", "", [], list(probe_tables(records))),
-        *_experiment_sections(run),
+        Section("Tool calls", "", [], list(tools_tables(run.tools))),
     ]
+    if not run.is_specialist:                       # the stages of a specialist's run are another's
+        to_calibrate = newest is not None and bool(newest.bpb.stages) and newest.n_stages > 1 and not newest.calibration
+        sections += [
+            Section("Adaptive depth", NOT_CALIBRATED.format(newest) if to_calibrate else "", drawn("depth", "exits"),
+                    list(depth_tables(records))),
+            Section("Routing", "", drawn("routing"), list(routing_tables(records))),
+            Section("Speed", "", drawn("speed"), list(measured_tables(records))),
+            Section("Alpha sweep", "", drawn("alpha"), list(alpha_tables(records))),
+        ]
+    sections += [Section("Probes", "", [], list(probe_tables(records))), *_experiment_sections(run)]
     return Chapter(run.name, _what(run), key_figures(newest) if newest else [], [s for s in sections if not s.empty])
 
 
 def comparison_chapter(runs: Sequence[RunStory], pictures: list[str]) -> Chapter:
-    results = {run.name: run.newest.model_dump() for run in runs if run.newest}
-    tables = [Table("The newest of each", *comparison_rows(results), COMPARISON_NOTE)] if results else []
+    results = {run.name: run.newest for run in runs if run.newest}
+    tables = [Table("The newest of each", *comparison_rows(results), _comparison_note(results))] if results else []
     met = meeting_table(runs)
     silent = [run.name for run in runs if run.newest is None]
     text = f"Not evaluated yet: {', '.join(silent)}." if silent else ""
@@ -87,34 +97,69 @@ def comparison_chapter(runs: Sequence[RunStory], pictures: list[str]) -> Chapter
                    [Section("Bits per byte", text, pictures, [*tables, *([met] if met else [])])])
 
 
+def _comparison_note(results: Mapping[str, Record]) -> str:
+    if not any(record.specialists for record in results.values()):
+        return COMPARISON_NOTE
+    name = baseline_name(results)
+    return SPECIALISTS_NOTE + (f" The gap is to {name}." if name else "")
+
+
 NOT_EVALUATED = "No step was evaluated yet: run scripts.evaluate."
 NOT_CALIBRATED = "Step {0.step} is not calibrated: run scripts.calibrate."
 
 
 def _what(run: RunStory) -> str:
-    """The model and how far it is, in a sentence or two."""
+    """The model, what was trained of it, and how far it is, in a few sentences."""
     newest, parts = run.newest, []
     if run.experiment is not None:
-        m = run.experiment.model
-        layout = layout_of(m)
-        kind = {"none": "Trained end to end (BP)", "flat": "Product of Experts",
-                "hier": "Stage losses without detaching"}[m.poe_mode]
-        stages = f", stages of {', '.join(str(len(layout.stage_layers(k))) for k in range(layout.n_stages))} layers" \
-            if m.poe_mode != "none" else ""
-        parts.append(f"{kind}{stages}: {count_parameters(m).total:,} parameters, {m.n_layer} layers of width "
-                     f"{m.n_embd}, vocabulary {m.vocab_size:,}.")
+        parts += [_trained(run.experiment), _model(run.experiment.model.base)]
+    elif run.is_specialist:
+        parts.append("A specialist on a frozen base.")
     elif newest is not None:
         parts.append("Trained end to end (BP)." if newest.poe_mode == "none" else f"{newest.n_stages} stages.")
     if newest is not None:
         parts.append(f"Newest evaluated step: {newest.step:,}.")
-    return " ".join(parts)
+    return " ".join(part for part in parts if part)
+
+
+def _trained(experiment: Experiment) -> str:
+    """The task, what it begins with, and how much of the model it trains; nothing of a pretraining."""
+    m, start = experiment.model, experiment.init_from
+    if experiment.task == "sft":
+        return f"Full fine-tuning (SFT){' of ' + _begun(start.path, start.step) if start else ''}: all is trained."
+    if experiment.specialist is None:
+        return ""
+    below, new = experiment.specialist, m.specialists[-1].n_layer
+    trained = sum(map(math.prod, trained_shapes(m).values()))
+    whole = count_parameters(m).total
+    others = len(m.specialists) - 1
+    chain = " is" if not others else \
+        f" and {'the specialist' if others == 1 else f'the {others} specialists'} on it are"
+    return (f"Specialist of {new} new {'layer' if new == 1 else 'layers'} on {_begun(below.base, below.base_step)}: "
+            f"{trained:,} of {whole:,} parameters are trained, the base{chain} frozen. Of the base:")
+
+
+def _begun(path: str, step: int | None) -> str:
+    """A run by its folder's name."""
+    return os.path.basename(os.path.normpath(path)) + ("" if step is None else f", step {step:,}")
+
+
+def _model(m: ModelConfig) -> str:
+    layout = layout_of(m)
+    kind = {"none": "Trained end to end (BP)", "flat": "Product of Experts",
+            "hier": "Stage losses without detaching"}[m.poe_mode]
+    stages = f", stages of {', '.join(str(len(layout.stage_layers(k))) for k in range(layout.n_stages))} layers" \
+        if m.poe_mode != "none" else ""
+    return (f"{kind}{stages}: {count_parameters(m).total:,} parameters, {m.n_layer} layers of width {m.n_embd}, "
+            f"vocabulary {m.vocab_size:,}.")
 
 
 def _progress(run: RunStory) -> str:
     if not run.train:
         return "There are no metrics of the training."
     last = run.train[-1]
-    tokens = f", {last['tokens']:,} tokens" if last.get("tokens") is not None else ""
+    unit = "targets" if run.experiment and run.experiment.data.kind == "conversations" else "tokens"
+    tokens = f", {last['tokens']:,} {unit}" if last.get("tokens") is not None else ""
     total = sum(c.steps for c in run.experiment.schedule.cycles) if run.experiment else None
     of = "" if total is None else f" of {total:,}" + (" (not finished)" if last["step"] < total else "")
     return f"Step {last['step']:,}{of}{tokens}."
@@ -150,7 +195,7 @@ def _cycles(run: RunStory, experiment: Experiment) -> Table:
         inside = [r for r in run.records if start < r.step <= start + c.steps]
         rows.append([str(n), f"{start:,} to {start + c.steps:,}", f"{c.warmup_steps:,}",
                      f"{round(c.warmdown_ratio * c.steps):,}", f"{c.peak:g}", f"{c.final_frac:g}",
-                     f"{inside[-1].bpb.full:.6f} at {inside[-1].step:,}" if inside else "-"])
+                     f"{inside[-1].trained.bpb:.6f} at {inside[-1].step:,}" if inside else "-"])
         start += c.steps
     return Table("Cycles", ["cycle", "steps", "warm-up", "warm-down", "peak", "final", "last bits per byte"], rows)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,26 +18,54 @@ from nanopoe.report.cells import MODE_NAMES
 Share = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
+T = TypeVar("T")
 
 
 class Part(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False, populate_by_name=True)
 
 
-class Bpb(Part):
-    """Bits per byte; lists by stage, null for BP. `renormalise_false` is the training log's value (SPEC 3)."""
+class ByView(Part, Generic[T]):
+    """Of the pool and, but for BP, of each stage and prefix; of a specialist's run all of it is the base's."""
 
-    full: Amount
-    stages: list[Amount] | None = None
-    prefixes: list[Amount] | None = None
+    full: T
+    stages: list[T] | None = None
+    prefixes: list[T] | None = None
+
+
+class Bpb(ByView[Amount]):
+    """Bits per byte. `renormalise_false` is the training log's value (SPEC 3)."""
+
     alpha: dict[Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?$")], Amount] | None = None
     renormalise_false: Amount | None = None
 
 
-class Accuracy(Part):
-    full: Share
-    stages: list[Share] | None = None
-    prefixes: list[Share] | None = None
+class BySpecialist(Part, Generic[T]):
+    """Of each specialist, the trained one last, and of its pool with the base."""
+
+    specialist: Annotated[list[T], Field(min_length=1)]
+    dual: Annotated[list[T], Field(min_length=1)]
+
+
+class Specialists(Part):
+    bpb: BySpecialist[Amount]
+    accuracy: BySpecialist[Share]
+
+
+class Score(Part):
+    bpb: Amount
+    accuracy: Share
+
+
+class SourceScore(Score):
+    """What was trained on one source of conversations; `base` and `dual` are of a specialist."""
+
+    targets: Count
+    bytes: Annotated[int, Field(ge=1)]
+    tokens: Count
+    truncated: Count
+    base: Score | None = None
+    dual: Score | None = None
 
 
 class Diversity(Part):
@@ -175,22 +203,46 @@ class Probe(Part):
 
 
 class Record(Part):
-    """One evaluated step. `n_stages` is 1 for BP, which has no stages, calibration or modes."""
+    """One evaluated step. `n_stages` is 1 for BP, which has no stages, calibration or modes.
+
+    Of a specialist's run bpb, accuracy and n_stages are the base's; `trained` is always of what was trained.
+    """
 
     step: Count
     poe_mode: Literal["none", "flat", "hier"]
     n_stages: Annotated[int, Field(ge=1)] = 1
     bpb: Bpb
-    accuracy: Accuracy
+    accuracy: ByView[Share]
+    specialists: Specialists | None = None
+    sources: dict[str, SourceScore] | None = None
     tokens: Count
     bytes: Annotated[int, Field(ge=1)]
     crossover_gap: float | None = None
     diversity: Diversity | None = None
     seconds: Amount | None = None
+    truncated: Count = 0
     config_hash: str | None = None
+    asked: Literal["text", "question"] = "text"
     probes: list[Probe] | None = None
     calibration: Calibration | None = None
     modes: Modes | None = None
+
+    @property
+    def trained(self) -> Score:
+        """Of the last specialist, or of the full pool."""
+        return next(iter(self.views.values()))
+
+    @property
+    def views(self) -> dict[str, Score]:
+        """Of a specialist's run: specialist, dual, base, and the specialists it stands on by number; else full."""
+        full, found = Score(bpb=self.bpb.full, accuracy=self.accuracy.full), self.specialists
+        if found is None:
+            return {"full": full}
+        own = [Score(bpb=bpb, accuracy=hits)
+               for bpb, hits in zip(found.bpb.specialist, found.accuracy.specialist, strict=True)]
+        dual = Score(bpb=found.bpb.dual[-1], accuracy=found.accuracy.dual[-1])
+        below = {f"specialist {i}": score for i, score in enumerate(own[:-1])}
+        return {"specialist": own[-1], "dual": dual, "base": full, **below}
 
     @model_validator(mode="after")
     def _lengths(self) -> Record:
@@ -206,6 +258,11 @@ class Record(Part):
         yield "bpb.prefixes", self.bpb.prefixes, K
         yield "accuracy.stages", self.accuracy.stages, K
         yield "accuracy.prefixes", self.accuracy.prefixes, K
+        if self.specialists is not None:
+            S = len(self.specialists.bpb.specialist)
+            yield "specialists.bpb.dual", self.specialists.bpb.dual, S
+            yield "specialists.accuracy.specialist", self.specialists.accuracy.specialist, S
+            yield "specialists.accuracy.dual", self.specialists.accuracy.dual, S
         if self.calibration is not None:
             for name, (bounds, exits) in self.calibration.kinds.items():
                 yield f"calibration: the {name} bounds", bounds, K - 1

@@ -15,6 +15,7 @@ from nanopoe.checkpoint.evaluation import read_evaluation
 from nanopoe.config.schema import Experiment, ScheduleConfig
 from nanopoe.errors import ConfigError, DataError
 from nanopoe.report.record import Part, Record, first_problem, record_of
+from nanopoe.report.tools import ToolsRecord, read_tools_records
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class RunStory:
     """What can be read of a run, named as its folder.
 
     `train` are lines of metrics.jsonl, `evals` the evaluations in it, `records` the trajectory, by step, `sources` the
-    last word on the mixture. Without `experiment`, `unknown` says why, and there are no phases.
+    last word on the mixture, `tools` how tools were called, by step. Without `experiment`, `unknown` says why, and
+    there are no phases.
     """
 
     name: str
@@ -50,10 +52,20 @@ class RunStory:
     experiment: Experiment | None = None
     unknown: str | None = None
     sources: dict[str, Source] = field(default_factory=dict)
+    tools: list[ToolsRecord] = field(default_factory=list)
+
+    @property
+    def is_specialist(self) -> bool:
+        """Trained on a frozen base: the stages in its records are not its own."""
+        if self.experiment is not None:
+            return self.experiment.task == "specialist"
+        return any(record.specialists for record in (*self.evals, *self.records))
 
     @property
     def n_stages(self) -> int:
-        """Stages with a loss of their own; 1 for BP."""
+        """Stages with a loss of their own; 1 for BP and for a specialist."""
+        if self.is_specialist:
+            return 1
         return max([1, *(len(line.get("stage_loss") or []) for line in self.train),
                     *(record.n_stages for record in self.records)])
 
@@ -68,7 +80,7 @@ class RunStory:
 
 
 def load_run(path: str | Path, experiment: Experiment | None = None, unknown: str | None = None) -> RunStory:
-    """Read RUN/metrics.jsonl and RUN/evaluation/step_*.json; `experiment` gives the phases.
+    """Read RUN/metrics.jsonl, RUN/evaluation/step_*.json and tools_step_*.jsonl; `experiment` gives the phases.
 
     DataError when the folder holds neither, or a file is not what it should be. A torn last line of the metrics,
     as a run that is still writing leaves it, is not read.
@@ -76,8 +88,8 @@ def load_run(path: str | Path, experiment: Experiment | None = None, unknown: st
     path = Path(path)
     lines = read_metrics(path / "metrics.jsonl")
     evals = [Record.model_validate(line) for line in lines if line.get("kind") == "eval"]
-    records = read_records(path / "evaluation")
-    if not lines and not records:
+    records, tools = read_records(path / "evaluation"), read_tools_records(path / "evaluation")
+    if not lines and not records and not tools:
         raise DataError("neither metrics.jsonl nor evaluation/step_*.json here", path, "give the folder of a run")
     return RunStory(
         name=path.resolve().name,
@@ -89,6 +101,7 @@ def load_run(path: str | Path, experiment: Experiment | None = None, unknown: st
         unknown=unknown,
         sources=next((_Data.model_validate(line).sources for line in reversed(lines)
                       if line.get("kind") == "event" and line.get("event") == "data"), {}),
+        tools=tools,
     )
 
 
@@ -105,7 +118,7 @@ def trajectory(records: Sequence[Record], evals: Sequence[Record]) -> list[Recor
 
 def choose(runs: Sequence[RunStory], wanted: Sequence[range]) -> list[RunStory]:
     """The runs with only the wanted evaluated steps. ConfigError for a wish that no run fulfils."""
-    there = sorted({record.step for run in runs for record in run.records})
+    there = sorted({r.step for run in runs for r in run.records} | {t.step for run in runs for t in run.tools})
     for steps in wanted:
         if not any(step in steps for step in there):
             name = f"step {steps[0]} was" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]} were"
@@ -113,8 +126,8 @@ def choose(runs: Sequence[RunStory], wanted: Sequence[range]) -> list[RunStory]:
             raise ConfigError(f"{name} not evaluated", "--steps",
                               f"evaluated: {'.. ' if len(there) > 12 else ''}{some}" if some else
                               "run scripts.evaluate first")
-    return [replace(run, records=[r for r in run.records if any(r.step in steps for steps in wanted)])
-            for run in runs]
+    return [replace(run, records=[r for r in run.records if any(r.step in steps for steps in wanted)],
+                    tools=[t for t in run.tools if any(t.step in steps for steps in wanted)]) for run in runs]
 
 
 # -- files --------------------------------------------------------------------------------------------------------

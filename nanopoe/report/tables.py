@@ -14,23 +14,67 @@ from rich.table import Table
 from rich.text import Text
 
 from nanopoe.report.cells import MODE_NAMES, Rows, gap, number, percent, times
-from nanopoe.report.record import Calibration, MeasuredDrafts, Modes
+from nanopoe.report.compare import baseline_name
+from nanopoe.report.record import Calibration, MeasuredDrafts, Modes, Record
+
+TRAINED = ("full", "full pool", "specialist")               # the views that are of all that was trained
+SPECIALIST_NOTE = ("The specialist is what was trained; dual is its pool with the base, of equal weights; base is the "
+                   "frozen model below, as it reads the same text with the chat tokens of this run.")
 
 # -- the cells ----------------------------------------------------------------------------------------------------
 
 def evaluation_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
-    """Head and rows (view, bits per byte, against full, accuracy) of one evaluation."""
-    bpb, accuracy = result["bpb"], result["accuracy"]
-    rows = [["full pool" if bpb.get("stages") else "full", number(bpb["full"], 6), "", percent(accuracy["full"])]]
-    for kind, name in (("stages", "stage"), ("prefixes", "prefix")):
-        for k, value in enumerate(bpb.get(kind) or []):
-            label = f"{name} {k if name == 'stage' else k + 1}"
-            rows.append([label, number(value, 6), number(value - bpb["full"], 6, "+"), percent(accuracy[kind][k])])
-    return ["view", "bits per byte", "against full", "accuracy"], rows
+    """Head and rows (view, bits per byte, against full, accuracy) of one evaluation; of a specialist's run what it is
+    on top of its base, and against that."""
+    record = Record.model_validate(dict(result))
+    full = record.bpb.full
+    if record.specialists is not None:
+        return ["view", "bits per byte", "against base", "accuracy"], [
+            [name, number(score.bpb, 6), "" if name == "base" else number(score.bpb - full, 6, "+"),
+             percent(score.accuracy)] for name, score in record.views.items()]
+    name = "full pool" if record.bpb.stages else "full"
+    return ["view", "bits per byte", "against full", "accuracy"], [
+        [name, number(full, 6), "", percent(record.accuracy.full)], *stage_rows(record)]
+
+
+def stage_rows(record: Record) -> Rows:
+    """(view, bits per byte, against full, accuracy) of each stage and prefix; of a specialist's run they are the
+    base's."""
+    rows = []
+    for kind, name, first in (("stages", "stage", 0), ("prefixes", "prefix", 1)):
+        pairs = zip(getattr(record.bpb, kind) or [], getattr(record.accuracy, kind) or [], strict=True)
+        rows += [[f"{name} {k}", number(bpb, 6), number(bpb - record.bpb.full, 6, "+"), percent(hits)]
+                 for k, (bpb, hits) in enumerate(pairs, first)]
+    return rows
+
+
+def source_rows(record: Record) -> tuple[list[str], Rows]:
+    """Head and rows of each source of conversations alone; of a specialist beside its base. No rows without sources."""
+    views = list(record.views) if record.specialists is None else ["specialist", "dual", "base"]
+    more = ["against base"] if record.specialists is not None else []
+    rows = []
+    for name, own in (record.sources or {}).items():
+        scores = {"full": own, "specialist": own, "dual": own.dual, "base": own.base}
+        found = [scores[view] for view in views]
+        rows.append([name, *(number(score.bpb if score else None, 6) for score in found),
+                     *(number(own.bpb - own.base.bpb if own.base else None, 6, "+") for _ in more),
+                     *(percent(score.accuracy if score else None) for score in found),
+                     f"{own.targets:,}", f"{own.bytes:,}", f"{own.truncated:,}"])
+    return ["source", *views, *more, *(f"accuracy, {view}" for view in views), "targets", "bytes",
+            "lost their front"], rows
 
 
 def summary_rows(result: Mapping[str, Any]) -> Rows:
-    """What else an evaluation says, as (name, value)."""
+    """What else an evaluation says, as (name, value); of a specialist's run nothing of its base."""
+    return [*([] if result.get("specialists") else _pool_rows(result)), ["read", _read(result)]]
+
+
+def _read(result: Mapping[str, Any]) -> str:
+    lost = f", {result['truncated']:,} conversations without their front" if result.get("truncated") else ""
+    return f"{result['tokens']:,} tokens, {result['bytes']:,} bytes{lost}, {result['seconds']:.1f} s"
+
+
+def _pool_rows(result: Mapping[str, Any]) -> Rows:
     rows = []
     if result.get("crossover_gap") is not None:
         rows.append(["crossover gap", f"{number(result['crossover_gap'], 6, '+')} bits per byte (full - last stage)"])
@@ -46,7 +90,6 @@ def summary_rows(result: Mapping[str, Any]) -> Rows:
         rows += _calibration_rows(Calibration.model_validate(result["calibration"]))
     if result.get("modes") is not None:
         rows += _mode_rows(Modes.model_validate(result["modes"]))
-    rows.append(["read", f"{result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['seconds']:.1f} s"])
     return rows
 
 
@@ -72,39 +115,43 @@ def _mode_rows(modes: Modes) -> Rows:
     return rows
 
 
-def comparison_rows(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], Rows]:
-    """Head and rows of several evaluations by run name: full, gap to BP in percent, every stage, every prefix.
+def comparison_rows(results: Mapping[str, Record]) -> tuple[list[str], Rows]:
+    """Head and rows of several evaluations by run name: full, gap to the baseline in percent, every stage and prefix.
 
-    The baseline is the first run trained without stage losses. Without one there is no gap to tell, nor is there
-    between runs evaluated on different bytes.
+    The baseline is that of compare.baseline_name. Without one there is no gap to tell, nor is there between runs
+    evaluated on different bytes. Of a specialist full is what was trained; it has no stages, but a dual and a base.
     """
-    baseline = next((r for r in results.values() if r.get("poe_mode") == "none"), None)
-    stages = max((len(r["bpb"].get("stages") or []) for r in results.values()), default=0)
+    name = baseline_name(results)
+    baseline = None if name is None else results[name]
+    special = any(r.specialists for r in results.values())
+    stages = max((len(r.bpb.stages or []) for r in results.values() if not r.specialists), default=0)
     prefixes = list(range(2, stages))                      # prefix 1 is stage 0, the longest is full
-    head = ["run", "full", "gap to BP", *(f"stage {k}" for k in range(stages)), *(f"prefix {n}" for n in prefixes),
-            "accuracy", "diversity"]
+    beside = ["dual", "base"] if special else []
+    head = ["run", "full", *beside, f"gap to {name}" if special and name else "gap to BP",
+            *(f"stage {k}" for k in range(stages)), *(f"prefix {n}" for n in prefixes), "accuracy", "diversity"]
     rows = []
-    for name, result in results.items():
-        bpb = result["bpb"]
-        own, own_prefixes = bpb.get("stages") or [], bpb.get("prefixes") or []
+    for run, record in results.items():
+        bpb, trained, views = record.bpb, record.trained, record.views
+        own, own_prefixes = ([], []) if record.specialists else (bpb.stages or [], bpb.prefixes or [])
         rows.append([
-            name, number(bpb["full"], 6), _gap(result, baseline),
+            run, number(trained.bpb, 6),
+            *(number(views[view].bpb if view in views else None, 6) for view in beside), _gap(record, baseline),
             *(number(own[k], 6) if k < len(own) else "-" for k in range(stages)),
             *(number(own_prefixes[n - 1], 6) if n < len(own_prefixes) else "-" for n in prefixes),
-            percent(result["accuracy"]["full"]),
-            f"{result['diversity']['bits_per_byte']:.6f}" if result.get("diversity") else "-",
+            percent(trained.accuracy),
+            number(record.diversity.bits_per_byte if record.diversity and not record.specialists else None, 6),
         ])
     return head, rows
 
 
-def _gap(result: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str:
+def _gap(record: Record, baseline: Record | None) -> str:
     if baseline is None:
         return "-"
-    if result is baseline:
+    if record is baseline:
         return "baseline"
-    if result["bytes"] != baseline["bytes"]:
+    if record.bytes != baseline.bytes:
         return "other data"
-    return gap(result["bpb"]["full"], baseline["bpb"]["full"])
+    return gap(record.trained.bpb, baseline.trained.bpb)
 
 
 # -- on a terminal ------------------------------------------------------------------------------------------------
@@ -116,14 +163,17 @@ def evaluation_table(result: Mapping[str, Any], title: str = "Evaluation") -> Re
     for name, value in summary_rows(result):
         summary.add_row(Text(name, style="dim"), value)
     parts += [Text(), summary]
+    sources = source_rows(Record.model_validate(dict(result)))
+    if sources[1]:
+        parts += [Text(), _rich(*sources, title="By source")]
     for probe in result.get("probes") or []:
         parts += [Text(), Text(probe["prompt"], style="bold")]
         for view, answer in probe["answers"].items():
-            parts.append(Text.assemble((f"  {view:<9}", "cyan"), " ".join(answer.split())))
+            parts.append(Text.assemble((f"  {view:<10}", "cyan"), " ".join(answer.split())))
     return Group(*parts)
 
 
-def comparison_table(results: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+def comparison_table(results: Mapping[str, Record]) -> RenderableType:
     """Several evaluations for `rich.Console.print`."""
     return _rich(*comparison_rows(results), title="Bits per byte")
 
@@ -133,7 +183,7 @@ def _rich(head: Sequence[str], rows: Rows, title: str) -> Table:
     for i, name in enumerate(head):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row), style="bold" if row[0].startswith("full") else None)
+        table.add_row(*(Text(cell) for cell in row), style="bold" if row[0] in TRAINED else None)
     return table
 
 
@@ -141,7 +191,11 @@ def _rich(head: Sequence[str], rows: Rows, title: str) -> Table:
 
 def evaluation_markdown(result: Mapping[str, Any], title: str = "Evaluation") -> str:
     """One evaluation, with its probes if it has any, as a Markdown section."""
-    parts = [f"# {title}", markdown_table(*evaluation_rows(result)), markdown_table(["", ""], summary_rows(result))]
+    parts = [f"# {title}", *([SPECIALIST_NOTE] if result.get("specialists") else []),
+             markdown_table(*evaluation_rows(result)), markdown_table(["", ""], summary_rows(result))]
+    sources = source_rows(Record.model_validate(dict(result)))
+    if sources[1]:
+        parts += ["## By source", markdown_table(*sources)]
     if result.get("probes"):
         rows = [[probe["prompt"], view, answer] for probe in result["probes"]
                 for view, answer in probe["answers"].items()]

@@ -6,13 +6,51 @@ from collections.abc import Callable, Iterator, Sequence
 
 from nanopoe.report.cells import MODE_NAMES, Rows, Table, number, percent, times
 from nanopoe.report.record import Measured, MeasuredDepth, Record
+from nanopoe.report.tables import SPECIALIST_NOTE, source_rows, stage_rows
 
 # -- what the stages know -----------------------------------------------------------------------------------------
 
 def score_tables(records: Sequence[Record]) -> Iterator[Table]:
-    """Bits per byte and accuracy of every view; what was read, where it differs."""
+    """Bits per byte and accuracy of every view, of conversations also by source; what was read, where it differs."""
     if not records:
         return
+    yield from (_specialist_tables if any(r.specialists for r in records) else _view_tables)(records)
+    yield from _source_tables(records)
+    if len({(r.tokens, r.bytes) for r in records}) > 1:
+        yield Table("What was read", ["step", "tokens", "bytes"],
+                    [[str(r.step), f"{r.tokens:,}", f"{r.bytes:,}"] for r in records],
+                    "Steps that read other bytes do not compare.")
+
+
+def _specialist_tables(records: Sequence[Record]) -> Iterator[Table]:
+    """Specialist, dual and base over the steps; of the newest what the base's own views are."""
+    names = list(dict.fromkeys(name for r in records for name in r.views))
+    yield Table("Bits per byte", ["step", *names, "against base"], [
+        [str(r.step), *(number(r.views[name].bpb if name in r.views else None, 6) for name in names),
+         number(r.trained.bpb - r.bpb.full, 6, "+")] for r in records], f"Less is better. {SPECIALIST_NOTE}")
+    yield Table("Accuracy", ["step", *names], [
+        [str(r.step), *(number(r.views[name].accuracy if name in r.views else None, 4) for name in names)]
+        for r in records], "Share of targets that are the most probable token.")
+    if records[-1].bpb.stages:
+        yield Table("The frozen base alone", ["view of the base", "bits per byte", "against its full pool", "accuracy"],
+                    stage_rows(records[-1]), "None of it was trained here: the stages of the base, as they read this "
+                    "text. What its modes give is in the report of its own run.", folded=True)
+
+
+def _source_tables(records: Sequence[Record]) -> Iterator[Table]:
+    told = [r for r in records if r.sources]
+    if not told:
+        return
+    yield Table(f"By source, step {told[-1].step:,}", *source_rows(told[-1]),
+                "Each source of the validation split alone, on what the assistant says there.")
+    names = list(dict.fromkeys(name for r in told for name in r.sources or {}))
+    if len(told) > 1 and len(names) > 1:
+        yield Table("Bits per byte by source", ["step", *names], [
+            [str(r.step), *(number(r.sources[name].bpb if r.sources and name in r.sources else None, 6)
+                            for name in names)] for r in told], "Of what was trained.")
+
+
+def _view_tables(records: Sequence[Record]) -> Iterator[Table]:
     stages = max((r.n_stages for r in records if r.bpb.stages), default=0)
     inner = range(2, stages)                                 # prefix 1 is stage 0, the longest is full
     columns = [*(f"stage {k}" for k in range(stages)), *(f"prefix {n}" for n in inner)]
@@ -32,10 +70,6 @@ def score_tables(records: Sequence[Record]) -> Iterator[Table]:
     yield Table("Accuracy", ["step", "full", *columns], [
         [str(r.step), number(r.accuracy.full, 4), *cells(r.accuracy.stages, r.accuracy.prefixes, 4)]
         for r in records], "Share of targets that are the most probable token.")
-    if len({(r.tokens, r.bytes) for r in records}) > 1:
-        yield Table("What was read", ["step", "tokens", "bytes"],
-                    [[str(r.step), f"{r.tokens:,}", f"{r.bytes:,}"] for r in records],
-                    "Steps that read other bytes do not compare.")
 
 
 def alpha_tables(records: Sequence[Record]) -> Iterator[Table]:
@@ -137,7 +171,8 @@ def _each(values: Sequence[float], count: int, show: Callable[[float], str]) -> 
 # -- what it writes -----------------------------------------------------------------------------------------------
 
 def probe_tables(records: Sequence[Record]) -> Iterator[Table]:
-    """The newest continuations by view side by side; of every prompt, what the pool made of it over the steps."""
+    """The newest continuations by view side by side; of every prompt, what the pool, or the specialist that is
+    trained, made of it over the steps."""
     asked = [r for r in records if r.probes]
     if not asked:
         return
@@ -145,16 +180,21 @@ def probe_tables(records: Sequence[Record]) -> Iterator[Table]:
     views = list(dict.fromkeys(view for probe in newest for view in probe.answers))
     yield Table(f"Step {asked[-1].step}, by view", ["prompt", *(_view(view) for view in views)],
                 [[probe.prompt, *(probe.answers.get(view, "-") for view in views)] for probe in newest],
-                "Greedy, the newest step with probes.", numbers=False)
+                f"Greedy, the newest step with probes{ASKED[asked[-1].asked]}.", numbers=False)
     if len(asked) < 2:
         return
+    trained = next(iter(asked[-1].views))
     for prompt in (probe.prompt for probe in newest):
         rows: Rows = []
         for record in asked:
-            answer = next((p.answers.get("full") for p in record.probes or [] if p.prompt == prompt), None)
+            answer = next((p.answers.get(trained) for p in record.probes or [] if p.prompt == prompt), None)
             if answer is not None and (not rows or rows[-1][1] != answer):
                 rows.append([str(record.step), answer])
-        yield Table(prompt, ["from step", "the pool goes on"], rows, numbers=False, folded=True)
+        yield Table(prompt, ["from step", f"the {'pool' if trained == 'full' else trained} goes on"], rows,
+                    numbers=False, folded=True)
+
+
+ASKED = {"text": "", "question": "; each prompt is a user's turn, and the assistant answers"}
 
 
 def _view(name: str) -> str:
@@ -165,9 +205,13 @@ def _view(name: str) -> str:
 
 def key_figures(record: Record) -> list[tuple[str, str, str]]:
     """(what, figure, what to know of it) of one step."""
-    full, stages = record.bpb.full, record.bpb.stages
-    found = [("bits per byte", number(full, 4), f"{record.tokens:,} tokens of held-out text"),
-             ("accuracy", percent(record.accuracy.full), "most probable token, next token")]
+    full, stages, trained = record.bpb.full, record.bpb.stages, record.trained
+    found = [("bits per byte", number(trained.bpb, 4), f"{record.tokens:,} tokens of held-out text"),
+             ("accuracy", percent(trained.accuracy), "most probable token, next token")]
+    if record.specialists:
+        dual = record.views["dual"].bpb
+        return [*found, ("against its base", number(trained.bpb - full, 4, "+"), f"bits per byte; base has {full:.4f}"),
+                ("pooled with its base", number(dual, 4), f"bits per byte; {number(dual - full, 4, '+')} against base")]
     if stages:
         best = stages.index(min(stages))
         found.append(("pool against its best stage", number(full - stages[best], 4, "+"),

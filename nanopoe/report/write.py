@@ -20,6 +20,11 @@ OF_RUNS: dict[str, Callable[[Sequence[RunStory], Path], bool]] = {
     "comparison": plot_comparison, "comparison_modes": plot_modes_comparison}
 
 
+def plots_of(run: RunStory) -> dict[str, Callable[[RunStory, Path], bool]]:
+    """Those of OF_A_RUN that are of what was trained: of a specialist's run the modes and stages are the base's."""
+    return {kind: plot for kind, plot in OF_A_RUN.items() if not run.is_specialist or kind in ("trajectory", "curves")}
+
+
 def write_report(runs: Sequence[RunStory], out: Path) -> list[str]:
     """Write the report of one run, or of several with their comparison first, into `out`; the names of its files."""
     out.mkdir(parents=True, exist_ok=True)
@@ -30,7 +35,7 @@ def write_report(runs: Sequence[RunStory], out: Path) -> list[str]:
         chapters.append(comparison_chapter(runs, list(pictures)))
     for run in runs:
         files = {kind: f"{kind}.png" if len(runs) == 1 else f"{kind}_{run.name}.png" for kind in OF_A_RUN}
-        drawn = {kind: files[kind] for kind, plot in OF_A_RUN.items() if plot(run, out / files[kind])}
+        drawn = {kind: files[kind] for kind, plot in plots_of(run).items() if plot(run, out / files[kind])}
         chapters.append(run_chapter(run, drawn))
         pictures += drawn.values()
     images = {name: (out / name).read_bytes() for name in pictures}

@@ -22,7 +22,7 @@ from nanopoe.data.validation import EvalBatches, eval_batches
 from nanopoe.dist import World
 from nanopoe.errors import CheckpointError, DataError
 from nanopoe.model import GPT
-from nanopoe.model.specialist import warm_start
+from nanopoe.model.specialist import scale_entry, warm_start
 from nanopoe.model.stages import shared_parameters
 from nanopoe.optim import DistMuonAdamW, build_groups
 from nanopoe.schedule import Schedule
@@ -193,6 +193,8 @@ def build_model(experiment: Experiment, world: World, compute: Compute, checkpoi
         load_below(model, start.cascade)
         if start.words:
             warm_start(model, start.words)
+        if checkpoint is None and experiment.specialist is not None and experiment.specialist.scale_entry:
+            scale_entry(model, experiment.seed)
     if checkpoint is not None:
         load_weights(model, checkpoint)
     return model

@@ -15,7 +15,8 @@ class NanoPoEConfig(PretrainedConfig):
 
     In layers (length num_hidden_layers): `layer_types`. In blocks (0 is the first trained block):
     `stage_boundaries`, the last block of each stage; `value_embedding_blocks`; `window_sizes`, the left window of
-    each block in tokens (`sliding_window` counts the token itself and is one more).
+    each block in tokens (`sliding_window` counts the token itself and is one more; where there are several sizes, it is
+    that of the largest but those that see all).
 
     `poe_mode` "none" is a model with one loss at its end: one stage, `backout_block` set, logits = capped logits.
     "flat" and "hier" have one expert per stage, and logits are the log-probabilities of their normalised

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_nanopoe import NanoPoEConfig
 from .decoding_nanopoe import norm
+from .masks_nanopoe import window_of
 
 LOOKUP_SHARPNESS = 160.0                 # peak score of the previous-token lookup is half of this
 
@@ -30,6 +31,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def repeat_heads(x: Tensor, times: int) -> Tensor:
     """(B, Hkv, T, d) -> (B, Hkv * times, T, d)."""
     return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+def last_keys(x: Tensor, mask: Any) -> Tensor:
+    """Of x (B, Hkv, keys in a cache, d) those that a mask (B, 1, T, keys) has columns for: a window below the largest
+    sees no more."""
+    return x[:, :, -mask.shape[-1]:] if isinstance(mask, Tensor) and mask.ndim == 4 else x
 
 
 def eager_attention_forward(
@@ -58,8 +65,7 @@ class NanoPoEAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.qk_scale**2 / math.sqrt(config.head_dim)
-        sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if sliding else None
+        self.sliding_window = window_of(config, layer_idx)
         self.build()
 
     def build(self) -> None:
@@ -98,6 +104,8 @@ class NanoPoEAttention(nn.Module):
         q, k, v = self.project(x, input_ids, position_ids, rotary)
         if past_key_values is not None:      # transformers 4 static caches write where cache_position says
             k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
+            if self.sliding_window not in (None, self.config.sliding_window):
+                k, v = last_keys(k, attention_mask), last_keys(v, attention_mask)
         if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
             attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward)

@@ -20,7 +20,6 @@ whatever key/value cache is in use. Shape letters: B batch, T time, D width, H h
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -40,10 +38,10 @@ from .configuration_nanopoe import NanoPoEConfig
 from .decoding_nanopoe import norm
 from .generation_nanopoe import NanoPoEModes
 from .layers_nanopoe import LOOKUP_SHARPNESS, NanoPoEDecoderLayer, NanoPoELookupLayer, NanoPoEPreviousToken
+from .masks_nanopoe import MASK_ARGUMENTS, ONE_WINDOW, attention_masks, mask_names
 from .modes_nanopoe import NO_STAGES
 
 HEAD_MODES = ("base", "specialist", "dual")
-_MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
 
 
 @dataclass
@@ -136,15 +134,14 @@ class NanoPoEModel(NanoPoEPreTrainedModel):
 
     def masks(self, x: Tensor, attention_mask: Any, past_key_values: Cache | None, position_ids: Tensor,
               cache_position: Tensor | None) -> dict[str, Any]:
-        """One attention mask for each layer type; a dict was prepared by `generate`."""
+        """One attention mask for each of `mask_names`; a dict was prepared by `generate`."""
         if isinstance(attention_mask, dict):
+            if not attention_mask.keys() >= set(mask_names(self.config)):
+                raise ValueError(ONE_WINDOW)
             return attention_mask
-        arguments = {"config": self.config, "attention_mask": attention_mask, "past_key_values": past_key_values,
-                     "position_ids": position_ids, "inputs_embeds": x, "input_embeds": x,
-                     "cache_position": cache_position}
-        arguments = {k: v for k, v in arguments.items() if k in _MASK_ARGUMENTS}     # they differ between versions
-        make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        return {kind: make[kind](**arguments) for kind in sorted(set(self.config.layer_types))}
+        return attention_masks(
+            self.config, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids,
+            inputs_embeds=x, input_embeds=x, cache_position=cache_position)
 
     @can_return_tuple
     def forward(
@@ -174,7 +171,7 @@ class NanoPoEModel(NanoPoEPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         cache_position = kwargs.pop("cache_position", None)      # of transformers 4; naming it makes 5 warn
-        if cache_position is None and "cache_position" in _MASK_ARGUMENTS:
+        if cache_position is None and "cache_position" in MASK_ARGUMENTS:
             cache_position = _arange(input_ids, past_key_values)
         boundaries, chain = self._boundaries(prefix), self._chain(prefix, chain)
         _check_depth(past_key_values, (config.blocks_of(chain[-1])[-1] if chain else boundaries[-1]) + 1)
@@ -183,19 +180,18 @@ class NanoPoEModel(NanoPoEPreTrainedModel):
 
         x = norm(self.embed_tokens(input_ids))                   # (B, T, D)
         hidden, attentions = [x], []
-        masks = self.masks(x, attention_mask, past_key_values, position_ids, cache_position)
+        masks, names = self.masks(x, attention_mask, past_key_values, position_ids, cache_position), mask_names(config)
         shared = (input_ids, position_ids, self.rotary(position_ids, x.dtype))
         rest = {"past_key_values": past_key_values, "cache_position": cache_position, **kwargs}
 
-        previous, weights = self.layers[0](x, *shared, attention_mask=masks[config.layer_types[0]], **rest)
+        previous, weights = self.layers[0](x, *shared, attention_mask=masks[names[0]], **rest)
         attentions.append(weights)
         x = x0 = self.smear(x, previous.to(input_ids.device), position_ids)
 
         def block(i: int, x: Tensor) -> Tensor:
             hidden.append(x)
             r, c = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
-            x, weights = self.layers[i + 1](
-                x, x0, r, c, *shared, attention_mask=masks[config.layer_types[i + 1]], **rest)
+            x, weights = self.layers[i + 1](x, x0, r, c, *shared, attention_mask=masks[names[i + 1]], **rest)
             attentions.append(weights)
             return x
 
@@ -242,6 +238,8 @@ class NanoPoEModel(NanoPoEPreTrainedModel):
 class NanoPoEForCausalLM(NanoPoEPreTrainedModel, NanoPoEModes, GenerationMixin):
     """Next-token prediction by the whole model, one stage (`stage=k`), the first n stages (`prefix=n`) or chosen ones
     (`weights={k: w, ..}`), a specialist, or the base without them (`head_mode`, `specialist`)."""
+
+    create_masks_for_generate = staticmethod(attention_masks)    # `generate` asks for it with static caches
 
     def __init__(self, config: NanoPoEConfig):
         super().__init__(config)

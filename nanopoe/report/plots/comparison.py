@@ -28,7 +28,7 @@ def plot_comparison(runs: Sequence[RunStory], path: str | Path) -> bool:
     baseline = baseline_of(runs)
     if baseline is not None and any(meetings(baseline, run) for run in runs if run is not baseline):
         panels.append((3.2, partial(_gaps, runs=runs, baseline=baseline)))
-    if any(run.records[-1].bpb.stages for run in evaluated):
+    if any(run.records[-1].bpb.stages and not run.is_specialist for run in evaluated):
         panels.append((4.0, partial(_depths, runs=runs)))
     return draw(path, "Comparison", panels)
 
@@ -46,16 +46,20 @@ def _look(runs: Sequence[RunStory], run: RunStory) -> tuple[str, str]:
 
 
 def _over_training(ax: Axes, runs: Sequence[RunStory]) -> None:
-    """Over tokens if every evaluated step of every run has them, else over steps."""
+    """Over tokens if every evaluated step of every run has them, else over steps. A specialist's base is dotted."""
     by_tokens = all(r.step in run.tokens for run in runs for r in run.records)
     for run in runs:
         colour, line = _look(runs, run)
         if run.records:
-            ax.plot([run.tokens[r.step] if by_tokens else r.step for r in run.records],
-                    [r.bpb.full for r in run.records], color=colour, linestyle=line, linewidth=1.8,
+            x = [run.tokens[r.step] if by_tokens else r.step for r in run.records]
+            ax.plot(x, [r.trained.bpb for r in run.records], color=colour, linestyle=line, linewidth=1.8,
                     label=shown(run.name), **marks(len(run.records)))
+            if run.is_specialist:
+                ax.plot(x, [r.bpb.full for r in run.records], color=colour, linestyle=":", linewidth=1.8,
+                        label=f"{shown(run.name)}, its base", **{**marks(len(x)), "markerfacecolor": "white"})
     _training_axis(ax, by_tokens)
-    head(ax, "Validation over training", ylabel="bits per byte (full)")
+    special = any(run.is_specialist for run in runs)
+    head(ax, "Validation over training", ylabel=f"bits per byte ({'what was trained' if special else 'full'})")
 
 
 def _training_axis(ax: Axes, by_tokens: bool) -> None:
@@ -77,18 +81,20 @@ def _gaps(ax: Axes, runs: Sequence[RunStory], baseline: RunStory) -> None:
     ax.axhline(0, color=_look(runs, baseline)[0], linewidth=1.6)
     _training_axis(ax, by_tokens)
     ax.yaxis.set_major_formatter(FuncFormatter(percents))
-    head(ax, f"Gap to {baseline.name} after as many tokens", ylabel="more bits per byte")
+    head(ax, f"Gap to {baseline.name} {'after as many tokens' if by_tokens else 'at the same step'}",
+         ylabel="more bits per byte")
 
 
 def _depths(ax: Axes, runs: Sequence[RunStory]) -> None:
-    """Prefixes as a line, single stages as open marks beside it; a run without stages as a level."""
+    """Prefixes as a line, single stages as open marks beside it; a run without stages, or a specialist, as a level."""
     for run in runs:
         if run.newest is None:
             continue
         colour, bpb = _look(runs, run)[0], run.newest.bpb
         name = shown(run.name)
-        if not bpb.stages:
-            ax.axhline(bpb.full, color=colour, linewidth=2, linestyle="--", label=f"{name} (BP)")
+        if not bpb.stages or run.is_specialist:
+            ax.axhline(run.newest.trained.bpb, color=colour, linewidth=2, linestyle="--",
+                       label=f"{name} ({'specialist' if run.is_specialist else 'BP'})")
             continue
         depth = range(1, len(bpb.stages) + 1)
         if bpb.prefixes:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from nanopoe.report.plots.specialists import view_curves
 from nanopoe.report.plots.style import GREY, POOL, draw, head, known, marks, shade, stage_colours, steps_axis
 from nanopoe.report.runs import RunStory
 
@@ -97,9 +98,15 @@ def _against_mean(ax: Axes, run: RunStory) -> None:
 
 
 def _evaluations(ax: Axes, run: RunStory) -> None:
-    """Bits per byte of every stage and of the full pool at each evaluation during training."""
+    """Bits per byte of every stage and of the full pool, or of a specialist and its base, at each evaluation during
+    training."""
     evals = run.evals
     steps = [e.step for e in evals]
+    if run.is_specialist:
+        view_curves(ax, evals, lambda score: score.bpb)
+        head(ax, f"Validation, specialist {evals[-1].trained.bpb:.4f}, base {evals[-1].bpb.full:.4f} at step "
+                 f"{steps[-1]:,}", ylabel="bits per byte")
+        return
     stages = max((e.n_stages for e in evals if e.bpb.stages), default=0)
     for k, colour in enumerate(stage_colours(stages)):
         ax.plot(*known(steps, [_at(e.bpb.stages, k) for e in evals]), color=colour, linewidth=1.4, label=f"stage {k}",

@@ -22,10 +22,9 @@ from nanopoe.report.plots.style import (
     head,
     known,
     marks,
+    over,
     percents,
-    shade,
     stage_colours,
-    steps_axis,
 )
 from nanopoe.report.record import Calibration, Curves, Measured, MeasuredDepth, Record
 from nanopoe.report.runs import RunStory
@@ -96,16 +95,10 @@ def measured(record: Record) -> Mapping[str, Measured]:
 
 # -- adaptive depth -----------------------------------------------------------------------------------------------
 
-def _over(ax: Axes, run: RunStory, steps: Sequence[int]) -> None:
-    room = 0.03 * (steps[-1] - steps[0])
-    shade(ax, run.phases, steps[0] - room, steps[-1] + room)
-    steps_axis(ax)
-
-
 def _bounds(ax: Axes, run: RunStory, found: Found, names: tuple[str, str]) -> None:
     """A line per transition: of 99 % of the positions full, of all dashed."""
     steps = [r.step for r, _ in found]
-    _over(ax, run, steps)
+    over(ax, run.phases, steps)
     looks: list[dict[str, Any]] = [{"linestyle": "-"}, {"linestyle": "--", "markerfacecolor": "white"}]
     for name, look in zip(names, looks, strict=True):
         bounds = [c.kinds[name][0] for _, c in found]
@@ -224,7 +217,7 @@ def marker_size(marker: str, size: float) -> float:
 
 def _speed_over_steps(ax: Axes, run: RunStory, records: list[Record]) -> None:
     steps = [r.step for r in records]
-    _over(ax, run, steps)
+    over(ax, run.phases, steps)
     for name, (marker, colour) in MODE_LOOKS.items():
         speeds = [mode.measured_speedup if (mode := measured(r).get(name)) else None for r in records]
         at, values = known(steps, speeds)
@@ -274,7 +267,7 @@ def _regression(ax: Axes, found: Calibration) -> None:
 
 def _routing_over_steps(ax: Axes, run: RunStory, found: Found) -> None:
     steps = [r.step for r, _ in found]
-    _over(ax, run, steps)
+    over(ax, run.phases, steps)
     for label, colour, value in (("answered by stage 0", COLOURS[0], lambda r: r.routed),
                                  ("stage 0 agrees with the pool", COLOURS[2], lambda r: r.agreement)):
         ax.plot(steps, [value(c.routing) for _, c in found], color=colour, linewidth=1.5, label=label,

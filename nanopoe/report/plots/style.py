@@ -107,6 +107,13 @@ def shade(ax: Axes, phases: Sequence[Phase], first: float, last: float) -> None:
     ax.set_xlim(first, last)
 
 
+def over(ax: Axes, phases: Sequence[Phase], steps: Sequence[int]) -> None:
+    """An axis of evaluated steps, with a little room beside them, and the phases of the schedule behind it."""
+    room = 0.03 * (steps[-1] - steps[0])
+    shade(ax, phases, steps[0] - room, steps[-1] + room)
+    steps_axis(ax)
+
+
 def steps_axis(ax: Axes) -> None:
     ax.set_xlabel("step")
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))

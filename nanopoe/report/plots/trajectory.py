@@ -12,18 +12,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from nanopoe.report.plots.style import (
-    POOL,
-    Panels,
-    draw,
-    head,
-    known,
-    marks,
-    percents,
-    shade,
-    stage_colours,
-    steps_axis,
-)
+from nanopoe.report.plots.specialists import source_names, source_scores, view_accuracy, view_scores
+from nanopoe.report.plots.style import POOL, Panels, draw, head, known, marks, over, percents, stage_colours
 from nanopoe.report.record import Record
 from nanopoe.report.runs import RunStory
 
@@ -31,14 +21,18 @@ SWEEPS = 8                                     # lines of an alpha sweep, as man
 
 
 def plot_trajectory(run: RunStory, path: str | Path) -> bool:
-    """Bits per byte and accuracy of pool, stages and prefixes over the evaluated steps, and of the newest by depth."""
-    panels: Panels = []
-    if len(run.records) > 1:
-        panels.append((3.4, over_steps(run, _scores)))
-        if any(r.bpb.stages for r in run.records):
-            panels.append((3.4, over_steps(run, _against_pool)))
-        panels.append((3.2, over_steps(run, _accuracy)))
-    if run.newest is not None and run.newest.bpb.stages and run.newest.n_stages > 1:
+    """Bits per byte and accuracy of pool, stages and prefixes over the evaluated steps, and of the newest by depth; of
+    a specialist against its base; of conversations by source."""
+    fills: list[tuple[float, Callable[[Axes, RunStory], None]]] = []
+    if run.is_specialist:
+        fills += [(3.4, view_scores), (3.2, view_accuracy)]
+    else:
+        against = [_against_pool] if any(r.bpb.stages for r in run.records) else []
+        fills += [(3.4, _scores), *((3.4, fill) for fill in against), (3.2, _accuracy)]
+    if len(source_names(run)) > 1:
+        fills.append((3.2, source_scores))
+    panels: Panels = [(inches, over_steps(run, fill)) for inches, fill in fills] if len(run.records) > 1 else []
+    if not run.is_specialist and run.newest is not None and run.newest.bpb.stages and run.newest.n_stages > 1:
         panels.append((3.4, partial(_by_depth, record=run.newest)))
     return draw(path, run.name, panels)
 
@@ -52,11 +46,8 @@ def plot_alpha(run: RunStory, path: str | Path) -> bool:
 def over_steps(run: RunStory, fill: Callable[[Axes, RunStory], None]) -> Callable[[Axes], None]:
     """A panel over the evaluated steps, with the phases of the schedule behind it."""
     def panel(ax: Axes) -> None:
-        first, last = run.records[0].step, run.records[-1].step
-        room = 0.03 * (last - first)
-        shade(ax, run.phases, first - room, last + room)
+        over(ax, run.phases, [record.step for record in run.records])
         fill(ax, run)
-        steps_axis(ax)
     return panel
 
 
