@@ -77,7 +77,7 @@ def main() -> None:
             elif said:
                 try:
                     chat.answer(said, chosen)
-                except ConfigError as error:
+                except NanopoeError as error:
                     chat.complain(error.render())
 
 

@@ -60,6 +60,7 @@ def arguments() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m scripts.delta", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=form)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="save|show|verify")
     for verb, what in (("save", "write the delta of a specialist's run"), ("show", "what a delta is"),
                        ("verify", "hash a delta, or a specialist's run, and all it stands on")):
@@ -73,7 +74,7 @@ def arguments() -> argparse.Namespace:
             sub.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="[bfloat16]")
         if verb == "show":
             sub.add_argument("--json", action="store_true", help="print JSON")
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback")
     return parser.parse_args()
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   python -m scripts.evaluate_tools out/stage_tool_quickstart                    the run's own validation split
-  python -m scripts.evaluate_tools out/quickstart --data data/chat/val          another model, as before training
+  python -m scripts.evaluate_tools out/stage_tool_quickstart --view base        as before training
+  python -m scripts.evaluate_tools out/sft_quickstart --data data/chat/val      another model
   python -m scripts.evaluate_tools out/stage_tool_quickstart --limit 50 --layouts one,compact
   python -m scripts.evaluate_tools out/stage_tool_quickstart --constrained      a call is valid JSON of its function
   python -m scripts.evaluate_tools out/stage_tool_quickstart --json | jq .tools.all.parse
@@ -40,6 +41,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--layouts", default="one,4,2,compact",
                         help="of the JSON in prompts: one line, indent 4, indent 2, compact [one,4,2,compact]")
     parser.add_argument("--constrained", action="store_true", help="the given functions constrain the calls")
+    parser.add_argument("--view", metavar="VIEW",
+                        help="who answers: base, dual, specialist:NAME, stage:0, .. (default: the specialist, or all)")
     parser.add_argument("--tokens", type=int, default=256, help="of a reply at most [256]")
     parser.add_argument("--batch", type=int, default=16, help="replies at a time [16]")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of arithmetic [float32]")
@@ -66,25 +69,28 @@ def main() -> None:
     from nanopoe.infer.engine import Engine
     from nanopoe.infer.tools import METRICS, Budget, evaluate_arithmetic, evaluate_calls
     from nanopoe.infer.weights import Weights
-    from nanopoe.train.restore import load_trained
+    from nanopoe.model.pool import View
+    from nanopoe.train.restore import load_cascade
 
-    layouts = chosen_layouts(args.layouts)
+    layouts, view = chosen_layouts(args.layouts), None if args.view is None else View.parse(args.view)
     with world(args.device) as here:
         if here.size > 1:
             raise ConfigError(f"generates on one rank, not {here.size}", "torchrun",
                               "start it with python -m scripts.evaluate_tools")
-        model, tokenizer, checkpoint = load_trained(args.run, args.step, here)
+        loaded = load_cascade(args.run, args.step, here)
+        tokenizer, checkpoint = loaded.tokenizer, loaded.checkpoint
+        weights = Weights(loaded.model, getattr(torch, args.dtype), loaded.names)
+        del loaded
+        engine, budget = Engine(weights, view), Budget(args.tokens, args.batch)
         sources = opened(args.data, checkpoint.experiment)
         with_tools, arithmetic = read(sources, args.data or "data.val", args.limit)
-        engine, budget = Engine(Weights(model, getattr(torch, args.dtype))), Budget(args.tokens, args.batch)
-        del model
         with shown("tool calls") as show:
             tools = evaluate_calls(engine, tokenizer, with_tools, layouts, budget, args.constrained, show)
         with shown("arithmetic") as show:
             numbers = evaluate_arithmetic(engine, tokenizer, arithmetic, budget, show)
     request = {"checkpoint": checkpoint.identity, "data": {source.name: source.digest for source in sources},
-               "limit": args.limit, "layouts": layouts, "constrained": args.constrained, "tokens": args.tokens,
-               "dtype": args.dtype}
+               "limit": args.limit, "layouts": layouts, "constrained": args.constrained, "view": args.view,
+               "tokens": args.tokens, "dtype": args.dtype}
     record = {"run": checkpoint.experiment.name, "step": checkpoint.step, "request": request,
               "conversations": len(with_tools), "metrics": METRICS, "tools": tools, "arithmetic": numbers}
     tell(record, args.json)
@@ -166,8 +172,7 @@ def tell(record: dict[str, Any], as_json: bool) -> None:
         print_json(record)
         return
     found = tools_record(record, "this evaluation")
-    bound = ", constrained" if found.request.constrained else ""
-    print(f"{found.run}, step {found.step}{bound}: {found.said}\n")
+    print(f"{found.run}, step {found.step}{found.request.how}: {found.said}\n")
     head, rows = tools_rows(found)
     print_table(head, rows, right=range(2, len(head)))
     print(*("", *found.more), sep="\n")

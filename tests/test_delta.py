@@ -79,7 +79,8 @@ def test_a_delta_is_its_run_and_leaves_the_base(family: Path, tmp_path: Path, dt
         assert torch.equal(whole.model.base_scores(whole.model.boundary_states(ids)), alone)
         assert not torch.allclose(whole.model(ids).log_softmax(-1), alone.log_softmax(-1), atol=1e-2)     # control
     assert whole.names == ("a",) and (out / TENSORS).stat().st_size < 500_000
-    assert open_cascade(out).digest == open_cascade(family / "a").digest
+    assert open_cascade(out).origins == open_cascade(family / "a").origins
+    assert (open_cascade(out).digest == open_cascade(family / "a").digest) == (dtype == "float32")
 
 
 def test_a_chain_of_three_from_runs_and_from_deltas(family: Path, tmp_path: Path) -> None:
@@ -126,6 +127,71 @@ def test_a_rounded_delta_stands_on_what_is_not_rounded(family: Path, tmp_path: P
             k = loaded.model.layout.n_stages + loaded.names.index(name)
             assert torch.equal(loaded.model.stage_logits(states[k], k), logits(family / name)), name
     assert (loaded.model(ids) - logits(family / "b")).abs().max() > 0          # control: b itself is rounded
+
+
+def test_what_stands_above_the_one_opened_does_not_answer_for_it(family: Path) -> None:
+    with pytest.raises(ConfigError, match=r"b stands on it; open that one"):
+        open_cascade(family / "a", siblings={"q": family / "b"})
+    both = open_cascade(family / "b", siblings={"q": family / "a"})
+    assert both.names == ("q", "b") and both.digest == open_cascade(family / "b").digest
+    assert open_cascade(family / "base", siblings={"x": family / "b", "y": family / "a"}).names == ("y", "x")
+    with pytest.raises(ConfigError, match="x and y are the same specialist"):
+        open_cascade(family / "base", siblings={"x": family / "a", "y": family / "a"})
+
+
+def test_a_rounded_base_is_another_base(data: Path, family: Path, tmp_path: Path) -> None:
+    """A run on a goes on upon a's delta in fp32, not upon the one in bfloat16; its own delta stands on either."""
+    for dtype in ("float32", "bfloat16"):
+        save_delta(open_cascade(family / "a"), tmp_path / dtype, dtype)
+    shutil.copytree(family / "b", tmp_path / "b")
+
+    def go_on(base: Path) -> None:
+        train(ALONE, specialist_dict(data, tmp_path / "b", base, stage(), stage(1, 0), seed=5,
+                                     **{"optim.matrix_lr": 0.1, "optim.unembedding_lr": 0.1, **SHORT}))
+
+    with pytest.raises(CheckpointError, match="is not the base this run was trained on"):
+        go_on(tmp_path / "bfloat16")
+    go_on(tmp_path / "float32")
+    out = save_delta(open_cascade(family / "b"), tmp_path / "x")
+    point(out, path="../bfloat16")
+    assert open_cascade(out).origins == open_cascade(family / "b").origins
+    assert open_cascade(out).digest != open_cascade(family / "b").digest
+
+
+def test_an_impostor_and_strange_models_are_refused(family: Path, tmp_path: Path) -> None:
+    """All hashes right, but other tensors than the digest says; or a model that is none."""
+    out = save_delta(open_cascade(family / "a"), tmp_path / "a", "float32")
+    altered(out, "lm_head_stage.weight", 0)
+    with pytest.raises(CheckpointError, match="holds other tensors than its digest says"):
+        open_cascade(out)
+    good = json.loads((out / MANIFEST).read_text())
+    for changes in ({"specialists": [stage(2, 5)]}, {"specialists": [stage(2, 0)]}, {"specialists": []},
+                    {"poe_every": None}, {"n_head": 5}, {"specialists": [stage(), stage()]}):
+        (out / MANIFEST).write_text(json.dumps(seal({**good, "model": {**good["model"], **changes}})))
+        with pytest.raises(CheckpointError, match="malformed"):
+            open_cascade(out)
+    (out / MANIFEST).write_text(json.dumps(seal({**good, "base": "0" * 64})))
+    with pytest.raises(CheckpointError, match="names another base"):
+        open_cascade(out)
+    (out / MANIFEST).write_text(json.dumps(seal({**good, "bytes": 1})))
+    with pytest.raises(CheckpointError, match="the manifest says 1"):
+        open_cascade(out)
+
+
+def test_a_delta_is_saved_through_a_link(family: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    assert open_cascade(save_delta(open_cascade(family / "a"), tmp_path / "link" / "a")).names == ("a",)
+
+
+def test_a_moved_base_is_opened_at_the_step_that_was_used(data: Path, tmp_path: Path) -> None:
+    train(ALONE, experiment_dict(data, tmp_path / "base", name="base"))
+    train(ALONE, specialist_dict(data, tmp_path / "a", tmp_path / "base", **{"specialist.base_step": 3}, **SHORT))
+    (tmp_path / "base").rename(tmp_path / "moved")
+    assert open_cascade(tmp_path / "a", base=tmp_path / "moved").base.step == 3
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "step_00000003")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; steps there: 1, 2, 4"):
+        open_cascade(tmp_path / "a", base=tmp_path / "moved")
 
 
 def test_a_specialist_of_another_base_is_refused(data: Path, family: Path, tmp_path: Path) -> None:

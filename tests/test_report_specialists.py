@@ -26,6 +26,7 @@ from nanopoe.report.plots.trajectory import plot_trajectory
 from nanopoe.report.record import record_of
 from nanopoe.report.runs import RunStory, load_run
 from nanopoe.report.tables import evaluation_markdown, evaluation_rows, source_rows
+from nanopoe.report.tools import tools_record as checked_tools
 from nanopoe.report.write import plots_of, write_report
 from tests.ranks import experiment_dict
 from tests.reports import record, specialist_record, tools_record, write_run
@@ -226,6 +227,10 @@ def test_tool_records_replace_their_like(tmp_path: Path) -> None:
         (True, 18), (False, 4)]
     save_tools(tmp_path, tools_record(8, "e" * 64))                 # the step was trained anew
     assert len(read_tools(path)) == 1
+    base = tools_record(8)
+    base["request"] |= {"checkpoint": "e" * 64, "view": "base"}
+    save_tools(tmp_path, base)                                      # another way of asking stands beside it
+    assert [checked_tools(r, path).title for r in read_tools(path)] == ["Step 8", "Step 8, base"]
     path.write_text("{torn\n")
     with pytest.raises(DataError, match="not an evaluation of tool calls"):
         save_tools(tmp_path, tools_record(8))

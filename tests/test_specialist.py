@@ -224,7 +224,7 @@ def test_the_cache_changes_no_bit_and_is_read(data: Path, poe_base: Path, tmp_pa
     run("plain", False)
     keep = run("cached", True).keep
     assert digest(tmp_path / "cached", 8) == digest(tmp_path / "plain", 8)
-    assert (keep.computed, keep.read, keep.problem) == (3 * 8, 5 * 8, "")      # 8 rows a step
+    assert (keep.computed, keep.read, keep.full) == (3 * 8, 5 * 8, False)      # 8 rows a step
     files = [p for p in (tmp_path / "cached" / "cache").rglob("*") if p.is_file()]
     assert len(files) == 24
     torn = files[0].read_bytes()
@@ -237,12 +237,52 @@ def test_the_cache_changes_no_bit_and_is_read(data: Path, poe_base: Path, tmp_pa
     assert files[0].read_bytes() == torn
 
 
+def test_a_cache_is_of_its_chat_tokens_too(data: Path, poe_base: Path, tmp_path: Path) -> None:
+    """Trained anew in the same folder with other embeddings of the chat tokens: their states are other states."""
+    chat = chat_shards(tmp_path / "chat")
+    for run, warm in (("one", True), ("one", False), ("fresh", False)):
+        experiment = specialist_dict(data, tmp_path / run, poe_base, **{
+            "specialist.cache_states": True, "specialist.warm_start": warm})
+        experiment["data"] = {"kind": "conversations", "train": [{"name": "c", "path": str(chat / "train")}],
+                              "val": [{"name": "c", "path": str(chat / "val")}], "lanes": 4, "packing": "bestfit_pad",
+                              "buffer_documents": 8, "case_aug_prob": 0.0, "json_layout_prob": 0.0, "replay_steps": 3}
+        if list_steps(tmp_path / run):
+            shutil.rmtree(tmp_path / run / "checkpoints")
+        train(ALONE, experiment)
+    assert digest(tmp_path / "one", 8) == digest(tmp_path / "fresh", 8)
+
+
+def test_a_full_disk_under_the_cache_is_told(data: Path, poe_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "cache").write_text("")
+    train(ALONE, specialist_dict(data, tmp_path / "run", poe_base, **{"specialist.cache_states": True,
+                                                                      "data.replay_steps": 3}))
+    told = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert told.count("states are no longer kept") == 1 and list_steps(tmp_path / "run")[-1] == 8
+
+
+def apart(world: World, experiment: dict[str, Any], bases: list[str]) -> str:
+    experiment["specialist"]["base"] = bases[world.rank]
+    try:
+        train(world, experiment)
+    except CheckpointError as error:
+        return error.render()
+    return "trained"
+
+
+def test_ranks_on_different_bases_stop(data: Path, poe_base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    train(ALONE, experiment_dict(data, other, seed=9))
+    said = run_ranks(apart, 2, specialist_dict(data, tmp_path / "run", poe_base), [str(poe_base), str(other)])
+    assert said[0] == said[1] and "rank 1 found another base than rank 0" in said[0]
+
+
 def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     keep = StateCache(tmp_path / "file" / "cache", 2, torch.float32)
     ids, x = torch.arange(6).view(2, 3), torch.randn(2, 3, 2)
     assert torch.equal(keep(ids, lambda: x), x) and torch.equal(keep(ids, lambda: x), x)
-    assert keep.problem and keep.read == 0
+    assert keep.problem and keep.full and keep.read == 0
 
 
 def test_chat_tokens_are_warm_and_the_base_is_not_touched(data: Path, poe_base: Path, tmp_path: Path) -> None:
@@ -344,6 +384,7 @@ def test_a_longer_context_needs_the_windows_written_out(data: Path, poe_base: Pa
     ({"init_from": {"path": "out/x", "step": None}}, "init_from: must be null with task specialist"),
     ({"specialist.cache_states": True},
      "specialist.cache_states: no row comes again without data.replay_steps; set it, or false"),
+    ({"name": "base"}, "name: a specialist cannot be called 'base'; the base and stages are called so"),
     ({"objective.alpha": 0.5}, "objective: a specialist has one loss, so kind must be ce and alpha 0"),
     ({"task": "sft", "specialist": None, "model.specialists": [], "optim.embedding_lr": 0.1,
       "init_from": {"path": "out/x", "step": None}}, "data.kind: task sft needs conversations, got text"),

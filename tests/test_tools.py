@@ -323,14 +323,16 @@ def test_the_command(command: Callable[..., Done], folder: Path) -> None:
     assert record["conversations"] == 3 and tools["prompts"] + tools["too_long"] == 6
     assert list(tools["layouts"]) == ["one", "compact"] and record["arithmetic"]["exact"]["of"] == 1
     assert "arithmetic: 1 of 1" in done.err
-    done = command("text", "--data", folder / "val", "--limit", "1", "--tokens", "6", "--constrained")
+    done = command("text", "--data", folder / "val", "--limit", "1", "--tokens", "6", "--constrained",
+                   "--view", "stage:0")
     assert done.code == 0, done
-    assert "step 8, constrained: 1 conversations with tools" in done.out
+    assert "step 8, stage:0, constrained: 1 conversations with tools" in done.out
     assert "references without a call" in done.out and "0 cut" in done.out and "arithmetic: exact 0/1" in done.out
 
 
 def test_bad_input_is_one_line(command: Callable[..., Done], folder: Path, data: Path) -> None:
     for run, arguments, code, kind, words in (
+            ("text", ("--view", "best"), 2, "config", "unknown view 'best'"),
             ("text", (), 2, "config", "trained on text: its data.val has no conversations; name a folder"),
             ("text", ("--data", folder / "plain"), 3, "data", "no conversations with tools"),
             ("text", ("--data", folder / "nowhere"), 3, "data", "no such folder"),

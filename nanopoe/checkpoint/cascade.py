@@ -2,8 +2,9 @@
 
 Every model in it has a digest: of a base SHA-256 over its weights (name, dtype, shape, bytes), of a specialist over the
 digest of what it stands on and its own weights in fp32. A specialist's run and its delta hold the digest of the model
-below and refuse any other. A delta carries the digest of the specialist it was made of, also when it is rounded to
-bfloat16. One without specialists is a base alone, so everything that loads a model loads a cascade.
+below and refuse any other. A delta in bfloat16 is another model than the run it was made of and has another digest; it
+also carries the run's, its origin, so that what was trained on the run may stand on it. A cascade without specialists
+is a base alone, so everything that loads a model loads a cascade.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,17 +58,26 @@ class Link:
             return self.source.tokenizer
         return self.source.manifest.fingerprints.get("tokenizer")
 
-    def digest(self) -> str:
-        if isinstance(self.source, Delta):
-            return self.source.digest
-        names = [*local_names(self.model), "chat_rows"]
-        return digest_of(((name, self.read(name)) for name in sorted(names)), self.parent.digest)
+    def digest(self, below: str) -> str:
+        """Of this specialist on a model whose digest is `below`."""
+        rows = {"lm_head_stage.weight": self.model.vocab_size}             # the others only pad
+        names = sorted([*local_names(self.model), "chat_rows"])
+        return digest_of(((name, self.read(name)[:rows.get(name)]) for name in names), below)
+
+    def origin(self) -> str:
+        """The digest that it had when it was trained, on what it was trained on; CheckpointError for a delta in fp32
+        whose tensors have another."""
+        if not isinstance(self.source, Delta):
+            return self.digest(self.parent.digest)
+        if self.dtype == torch.float32 and self.digest(self.parent.digest) != self.source.digest:
+            raise CheckpointError("holds other tensors than its digest says", self.path, "get the delta again")
+        return self.source.digest
 
 
 @dataclass(frozen=True)
 class Cascade:
-    """A base and specialists, each behind its parent; `config` is the model they make up, `names` and `digests` are of
-    the specialists. The last one is that of the folder that was opened."""
+    """A base and specialists, each behind its parent; `config` is the model they make up, `names`, `digests` and
+    `origins` are of the specialists. The last one is that of the folder that was opened."""
 
     base: Checkpoint
     config: ModelConfig
@@ -75,6 +85,7 @@ class Cascade:
     names: tuple[str, ...] = ()
     base_digest: str = ""
     digests: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """A parameter of the model by its name."""
@@ -114,7 +125,7 @@ def open_cascade(path: str | os.PathLike[str], step: int | None = None, *, base:
 
     `base` says where the base is, instead of where the specialists say. `siblings` are more specialists by name, on the
     same base; the one of `path` comes last. CheckpointError for a missing or foreign parent, a cycle, or specialists
-    that do not go together; ConfigError for names given twice.
+    that do not go together; ConfigError for names given twice, and for a sibling that stands on the one of `path`.
     """
     root, chain = follow(Path(path), step, None if base is None else Path(base))
     chains = [chain]
@@ -152,10 +163,13 @@ def follow_from(source: Checkpoint | Delta, base: Path | None, seen: list[str]) 
             raise CheckpointError("stands on itself: a cycle of parents", link.path, f"it names {below}")
         seen.append(place(below))
         try:
-            source = open_source(below, link.parent.step if below != base else None)
+            source = open_source(below, link.parent.step)
         except CheckpointError as error:
-            raise CheckpointError(f"its base {link.parent.name} cannot be opened: {error.render()}", link.path,
-                                  "put it there, or say with --base where it is") from error
+            what = f"its base {link.parent.name} cannot be opened: {error.where}: {error.what}"
+            lowest = len(link.model.specialists) == 1
+            do = f"{error.do}, or put the base there" if below == base else \
+                "put it there" + (", or say with --base where it is" if lowest else "")
+            raise CheckpointError(what, link.path, do) from error
 
 
 def open_source(path: Path, step: int | None) -> Checkpoint | Delta:
@@ -201,35 +215,54 @@ def assemble(root: Checkpoint, chains: list[tuple[str | None, list[Link]]]) -> C
     links: list[Link] = []
     shapes: list[SpecialistShape] = []
     digests: list[str] = []
-    names: list[str] = []
+    origins: list[str] = []
+    names: dict[str, str | None] = {}                            # digest -> the name it was given, if any
     for given, chain in chains:
         below: int | None = None
         for at, link in enumerate(chain):
-            expected = base_digest if below is None else digests[below]
-            if link.parent.digest != expected:
+            check_link(root, link, at)
+            accepted = (base_digest,) if below is None else (digests[below], origins[below])
+            if link.parent.digest not in accepted:
                 raise CheckpointError(
                     f"stands on {link.parent.name}, whose digest begins with {link.parent.digest[:12]}, not on "
-                    f"{root.experiment.name if below is None else links[below].name} ({expected[:12]})", link.path,
+                    f"{root.experiment.name if below is None else links[below].name} ({accepted[0][:12]})", link.path,
                     "use the base it was trained on")
-            check_trunk(root.experiment.model, link.model, link.path)
-            if link.tokenizer != root.manifest.fingerprints.get("tokenizer"):
-                raise CheckpointError("was trained with another tokenizer than its base", link.path, "use its own base")
-            digest = link.digest()
+            if isinstance(link.source, Delta) and link.source.base != base_digest:
+                raise CheckpointError(f"names another base, {link.source.base[:12]}, than what it stands on", link.path,
+                                      "get the delta again")
+            digest = link.digest(accepted[0])
             if digest not in digests:
                 links.append(link)
                 digests.append(digest)
+                origins.append(link.origin())
                 shapes.append(SpecialistShape(n_layer=link.model.specialists[-1].n_layer, parent=below))
-                names.append(link.name if given is None or link is not chain[-1] else given)
                 if isinstance(link.source, Delta):
                     link.source.check_against(Cascade(root, link.model, tuple(chain[:at])).read)
             below = digests.index(digest)
+            if link is chain[-1] and given is not None:
+                if names.get(digest):
+                    raise ConfigError(f"{names[digest]} and {given} are the same specialist", link.path)
+                names[digest] = given
         config = chain[-1].model
-    twice = {name for name in names if names.count(name) > 1}
+        if given is None and below != len(links) - 1:            # the one opened is the last, or it is not what answers
+            raise ConfigError(f"{links[-1].name} stands on it", chain[-1].path, "open that one, which has both")
+    called = [names.get(digest) or link.name for digest, link in zip(digests, links, strict=True)]
+    twice = {name for name in called if called.count(name) > 1}
     if twice:
         raise ConfigError(f"two specialists are named {', '.join(sorted(twice))}", do="rename one: NAME=PATH")
     check_siblings(links)
-    return Cascade(root, config.model_copy(update={"specialists": tuple(shapes)}), tuple(links), tuple(names),
-                   base_digest, tuple(digests))
+    return Cascade(root, config.model_copy(update={"specialists": tuple(shapes)}), tuple(links), tuple(called),
+                   base_digest, tuple(digests), tuple(origins))
+
+
+def check_link(root: Checkpoint, link: Link, at: int) -> None:
+    """What must hold of a specialist that stands `at` specialists above the base, whatever is between."""
+    if len(link.model.specialists) != at + 1:
+        raise CheckpointError(f"its model has {len(link.model.specialists)} specialists, its chain {at + 1}", link.path,
+                              "use what it was trained on")
+    check_trunk(root.experiment.model, link.model, link.path)
+    if link.tokenizer != root.manifest.fingerprints.get("tokenizer"):
+        raise CheckpointError("was trained with another tokenizer than its base", link.path, "use its own base")
 
 
 def check_trunk(base: ModelConfig, mine: ModelConfig, where: str | os.PathLike[str]) -> None:
@@ -269,7 +302,8 @@ def check_siblings(links: list[Link]) -> None:
 
 # -- deltas of runs ---------------------------------------------------------------------------------------------------
 
-def save_delta(cascade: Cascade, out: str | os.PathLike[str], dtype: Any = "bfloat16") -> Path:
+def save_delta(cascade: Cascade, out: str | os.PathLike[str],
+               dtype: Literal["bfloat16", "float32"] = "bfloat16") -> Path:
     """Write the last specialist of a cascade as a delta; errors as of write_delta, ConfigError for a base alone.
 
     The pointer to its base is relative to `out`, so that the two can move together.
@@ -278,8 +312,8 @@ def save_delta(cascade: Cascade, out: str | os.PathLike[str], dtype: Any = "bflo
         raise ConfigError(f"{cascade.base.experiment.name} is a base, not a specialist", out, "name a specialist's run")
     link = cascade.links[-1]
     pointer = {"digest": link.parent.digest, "name": link.parent.name, "step": link.parent.step,
-               "path": os.path.relpath(parent_path(link), out) if link.parent.path is not None else None}
-    manifest = {"name": link.name, "step": link.step, "digest": cascade.digest, "base": cascade.base_digest,
+               "path": os.path.relpath(place(parent_path(link)), place(Path(out)))}
+    manifest = {"name": link.name, "step": link.step, "digest": cascade.origins[-1], "base": cascade.base_digest,
                 "parent": pointer, "tokenizer": link.tokenizer}
     return write_delta(out, link.model, cascade.read, manifest, dtype)
 

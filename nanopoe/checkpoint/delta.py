@@ -24,8 +24,20 @@ from torch import Tensor
 import nanopoe
 from nanopoe.checkpoint.container import DTYPES, Stored, read_header, read_rows, write_tensors
 from nanopoe.checkpoint.files import fsync_path, remove
-from nanopoe.checkpoint.format import SHA256, count, expect, parse_json, read_limited, seal, shown, text, write_json
+from nanopoe.checkpoint.format import (
+    SHA256,
+    count,
+    expect,
+    look,
+    parse_json,
+    read_limited,
+    seal,
+    shown,
+    text,
+    write_json,
+)
 from nanopoe.checkpoint.store import sha256_file
+from nanopoe.config.check import check_model, is_one_chain
 from nanopoe.config.counts import specialist_shapes
 from nanopoe.config.layout import CHAT_TOKENS, layout_of
 from nanopoe.config.schema import ModelConfig
@@ -35,6 +47,7 @@ FORMAT, VERSION = "nanopoe-delta", 1
 MANIFEST, TENSORS = "delta.json", "delta.safetensors"
 FIELDS = {"format", "version", "name", "step", "digest", "base", "parent", "model", "tokenizer", "bytes",
           "sha256_of_tensors", "nanopoe", "sha256"}
+NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
 Read = Callable[[str], Tensor]
 
 
@@ -142,7 +155,7 @@ class Delta:
 
     def _parse(self, value: dict[str, Any]) -> None:
         expect(set(value) == FIELDS, f"its keys are {', '.join(sorted(value))[:200]!a}")
-        self.name, self.step = text(value, "name"), count(value, "step")
+        self.name, self.step = text(value, "name", NAME), count(value, "step")
         self.digest, self.tokenizer = text(value, "digest", SHA256), text(value, "tokenizer", SHA256)
         self.base = text(value, "base", SHA256)
         parent = value["parent"]
@@ -151,7 +164,9 @@ class Delta:
         self.parent = Pointer(text(parent, "digest", SHA256), None if parent["path"] is None else text(parent, "path"),
                               None if parent["step"] is None else count(parent, "step"), text(parent, "name"))
         self.model = ModelConfig.model_validate_json(json.dumps(value["model"]))
-        expect(bool(self.model.specialists), "its model has no specialist")
+        problems = check_model(self.model)
+        expect(not problems, problems[0] if problems else "")
+        expect(bool(self.model.specialists) and is_one_chain(self.model), "its model does not end in a specialist")
         self.bytes, self.sha256 = count(value, "bytes"), text(value, "sha256_of_tensors", SHA256)
 
     @property
@@ -161,6 +176,9 @@ class Delta:
     @cached_property
     def tensors(self) -> dict[str, Stored]:
         """What the verified file holds: exactly delta_shapes(model), in one float dtype."""
+        size = look(self.file).st_size
+        if size != self.bytes:
+            raise CheckpointError(f"has {size} bytes, the manifest says {self.bytes}", self.file, "get the delta again")
         if sha256_file(self.file) != self.sha256:
             raise CheckpointError("content does not match its SHA-256", self.file, "it was altered; get it again")
         found = read_header(self.file)

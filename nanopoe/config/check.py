@@ -15,9 +15,14 @@ SMALLEST_VOCAB = 256 + 9      # every byte, and the nine special tokens
 
 def check(exp: Experiment) -> list[str]:
     """Problems of an experiment whose fields are valid one by one, `key: what` a line; empty if there are none."""
-    return [*_shape(exp.model), *_stages(exp.model), *_specialists(exp.model), *_task(exp), *_objective(exp),
+    return [*check_model(exp.model), *_task(exp), *_objective(exp),
             *_batch(exp), *_data(exp.data), *_folders(exp),
             *(p for i, cycle in enumerate(exp.schedule.cycles) for p in _cycle(i, cycle))]
+
+
+def check_model(m: ModelConfig) -> list[str]:
+    """Of `check`, what is about the model alone."""
+    return [*_shape(m), *_stages(m), *_specialists(m)]
 
 
 def divisors(n: int) -> list[int]:
@@ -91,15 +96,17 @@ def _task(exp: Experiment) -> Iterator[str]:
         yield f"data.kind: task sft needs conversations, got {exp.data.kind}"
     if task == "specialist" and (exp.objective.kind != "ce" or exp.objective.alpha):
         yield "objective: a specialist has one loss, so kind must be ce and alpha 0"
-    if task == "specialist" and not _one_chain(exp.model):
+    if task == "specialist" and not is_one_chain(exp.model):
         yield "model.specialists: a run trains the end of one chain; every parent must be the specialist before"
+    if task == "specialist" and (exp.name == "base" or exp.name.isdecimal()):
+        yield f"name: a specialist cannot be called {exp.name!r}; the base and stages are called so"
     if exp.specialist and exp.specialist.warm_start and len(exp.model.specialists) > 1:
         yield "specialist.warm_start: must be false on another specialist, whose chat tokens it reads"
     if exp.specialist and exp.specialist.cache_states and exp.data.replay_steps is None:
         yield "specialist.cache_states: no row comes again without data.replay_steps; set it, or false"
 
 
-def _one_chain(m: ModelConfig) -> bool:
+def is_one_chain(m: ModelConfig) -> bool:
     return [shape.parent for shape in m.specialists] == [None, *range(len(m.specialists) - 1)][:len(m.specialists)]
 
 

@@ -7,8 +7,9 @@ tasks are computed. A model trained on them learns the form of a conversation an
 Functions are cut into families of neighbours, and the tools of a conversation all come from one family. The family is
 its `group`, so that a function seen in train/ is not in val/. Tasks go by their problem.
 
-In part of the conversations the functions have made-up names and the values are made-up words: a model that only knows
-the names and words it was trained on fails there, so it must learn to read them (function masking, arXiv 2410.04587).
+In two of three conversations with tools the functions have made-up names and the values are made-up words: a model
+that only knows the names and words it was trained on fails there, so it must learn to read them (arXiv 2410.04587
+masks functions so).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nanopoe.data.ingest import Raw
 
 FAMILY = 4                               # functions shown together at most
 # of each, at most
-TRIES = {"answered": 14, "called": 8, "at once": 6, "again": 4, "unfit": 8, "renamed": 12, "task": 150, "reading": 1500}
+TRIES = {"answered": 18, "called": 18, "at once": 9, "again": 6, "unfit": 12, "task": 150, "reading": 1500}
 _SYSTEM = ("",) * 8 + ("You are a helpful assistant.", "You are a careful assistant. Answer briefly.",
                        "Use a function where one helps.")
 _OPENING = ("",) * 20 + ("Hello! ", "Hi, one question. ", "Hey, ", "Good morning. ")
@@ -60,31 +61,37 @@ Made = tuple[str, list[Record], list[Tool]]                  # what it is, messa
 
 
 def _of_family(seed: int, family: list[Tool]) -> Iterator[Made]:
-    for tool in family:
+    names = " ".join(tool.path for tool in family)
+    for at, tool in enumerate(family):
         what = "answered" if tool.pure else "called"
         for i in range(TRIES[what]):
-            draws = Draws(seed, what, tool.path, i)
-            yield f"{what} {tool.path} {i}", _one_call(draws, tool), _shown(draws, family, [tool])
-        for i in range(TRIES["renamed"]):
-            draws = Inventive(seed, "renamed", tool.path, i)
-            shown = [replace(other, schema={**other.schema, "name": "_".join(draws.some(WORDS, draws.integer(1, 2)))})
-                     for other in _shown(draws, family, [tool])]
-            called = next(other for other in shown if other.path == tool.path)
-            yield f"renamed {tool.path} {i}", _last_call(draws, called), shown
-    names = " ".join(tool.path for tool in family)
-    pure = [tool for tool in family if tool.pure]
+            draws, here = _begin(seed, what, tool.path, i, family)
+            yield f"{what} {tool.path} {i}", _one_call(draws, here[at]), _shown(draws, here, [here[at]])
     for i in range(TRIES["at once"] if len(family) > 1 else 0):
-        draws = Draws(seed, "at once", names, i)
-        chosen = draws.some(pure if len(pure) > 1 else family, 2)
-        yield f"at once {names} {i}", _two_at_once(draws, chosen), _shown(draws, family, chosen)
-    for i in range(TRIES["again"] if pure else 0):
-        draws = Draws(seed, "again", names, i)
-        tool = draws.one(pure)
-        yield f"again {names} {i}", _asked_again(draws, tool), _shown(draws, family, [tool])
+        draws, here = _begin(seed, "at once", names, i, family)
+        pure = [tool for tool in here if tool.pure]
+        chosen = _told_apart(draws.some(pure if len(pure) > 1 else here, 2))
+        if len(chosen) == 2:
+            yield f"at once {names} {i}", _two_at_once(draws, chosen), _shown(draws, here, chosen)
+    for i in range(TRIES["again"] if any(tool.pure for tool in family) else 0):
+        draws, here = _begin(seed, "again", names, i, family)
+        tool = draws.one([tool for tool in here if tool.pure])
+        yield f"again {names} {i}", _asked_again(draws, tool), _shown(draws, here, [tool])
     for i in range(TRIES["unfit"]):
-        draws = Draws(seed, "unfit", names, i)
-        shown = _shown(draws, family, [draws.one(family)])
+        draws, here = _begin(seed, "unfit", names, i, family)
+        shown = _shown(draws, here, [draws.one(here)])
         yield f"unfit {names} {i}", _no_tool_fits(draws, shown), shown
+
+
+def _begin(seed: int, what: str, names: str, i: int, family: list[Tool]) -> tuple[Draws, list[Tool]]:
+    """Draws of a conversation and the family as it is named there: in one of three as it is, else with made-up names
+    and words."""
+    if i % 3 == 0:
+        return Draws(seed, what, names, i), family
+    draws = Inventive(seed, what, names, i)
+    made = draws.some(WORDS, 2 * len(family))
+    return draws, [replace(tool, schema={**tool.schema, "name": "_".join(made[2 * at:2 * at + draws.integer(1, 2)])})
+                   for at, tool in enumerate(family)]
 
 
 def _raw(messages: list[Record], tools: list[Tool], where: str, group: str) -> Raw:
@@ -95,10 +102,18 @@ def _raw(messages: list[Record], tools: list[Tool], where: str, group: str) -> R
 
 
 def _shown(draws: Draws, family: list[Tool], needed: list[Tool]) -> list[Tool]:
-    """The needed tools among some others of the family, in drawn order."""
-    others = [tool for tool in family if tool not in needed]
+    """The needed tools among some others of the family, in drawn order; none that is described like another one."""
+    others = _told_apart([*needed, *family])[len(needed):]
     shown = needed + draws.some(others, draws.integer(0, len(others)))
     return draws.some(shown, len(shown))
+
+
+def _told_apart(tools: list[Tool]) -> list[Tool]:
+    """The first of those with the same sentence: under made-up names nothing else tells them apart."""
+    found: dict[str, Tool] = {}
+    for tool in tools:
+        found.setdefault(tool.sentence, tool)
+    return list(found.values())
 
 
 # -- conversations ----------------------------------------------------------------------------------------------------
@@ -111,13 +126,6 @@ def _one_call(draws: Draws, tool: Tool) -> list[Record]:
     """Question, call; of a function that can be called its result and an answer, too."""
     arguments = tool.arguments(draws)
     return [*_first(draws, _request(draws, tool, arguments)), *_answered(draws, [(tool, arguments)])]
-
-
-def _last_call(draws: Draws, tool: Tool) -> list[Record]:
-    """A conversation that ends with the call."""
-    arguments = tool.arguments(draws)
-    call = {"name": tool.name, "arguments": arguments}
-    return [*_first(draws, _request(draws, tool, arguments)), assistant("", [call])]
 
 
 def _two_at_once(draws: Draws, tools: list[Tool]) -> list[Record]:

@@ -207,23 +207,23 @@ def _value(draws: Draws) -> str | int:
 
 
 def _repeat(draws: Draws) -> Task:
-    text = " ".join(str(_value(draws)) for _ in range(draws.integer(1, 4)))
+    text = " ".join(str(_value(draws)) for _ in range(draws.integer(2, 9)))
     question = draws.one((f"Repeat: {text}", f'Say "{text}" again.', f"Write this once more: {text}"))
     return Task(question, text, f"repeat {text}")
 
 
 def _as_json(draws: Draws) -> Task:
-    values = {name: _value(draws) for name in draws.some(WORDS, draws.integer(1, 4))}
+    values = {name: _value(draws) for name in draws.some(WORDS, draws.integer(2, 6))}
     listed = ", ".join(f"{name} is {json.dumps(value)}" for name, value in values.items())
     question = draws.one((f"Write as JSON: {listed}", f"{listed}. Make that a JSON object."))
     return Task(question, json.dumps(values), f"json {listed}")
 
 
 def _look_up(draws: Draws) -> Task:
-    values = {name: _value(draws) for name in draws.some(WORDS, draws.integer(2, 5))}
-    text, name = json.dumps(values), draws.one(list(values))
-    question = draws.one((f"{text}\nWhat is {name}?", f"What is the value of {name} in {text}?"))
-    return Task(question, json.dumps(values[name]), f"look up {name} {text}")
+    values = {name: _value(draws) for name in draws.some(WORDS, draws.integer(3, 7))}
+    text, names = json.dumps(values), draws.some(list(values), draws.integer(1, 3))
+    question = draws.one((f"{text}\nGive me {', '.join(names)} of that.", f"Take {', '.join(names)} from {text}."))
+    return Task(question, json.dumps({name: values[name] for name in names}), f"look up {names} {text}")
 
 
 def _choose(draws: Draws) -> Task:

@@ -89,8 +89,8 @@ def find_parent(parent: str, out_dir: str | os.PathLike[str]) -> Parent:
     """ConfigError for what is neither a folder nor ORG/NAME@REVISION."""
     if os.path.isdir(parent):
         relative = os.path.relpath(os.path.realpath(parent), os.path.realpath(out_dir))
-        if relative == ".":
-            raise ConfigError("--parent and --out are the same folder", out_dir, "choose another --out")
+        if not relative.startswith(".."):                        # it would be replaced, or taken for an id of the hub
+            raise ConfigError("--parent is --out or a folder in it", out_dir, "choose another --out")
         return Parent(relative, None, Path(parent))
     if match := HUB_ID.fullmatch(parent):
         return Parent(match[1], match[2], None)

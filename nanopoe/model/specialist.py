@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanopoe.config.layout import CHAT_TOKENS
 from nanopoe.config.schema import ObjectiveConfig
+from nanopoe.errors import NumericsError
 from nanopoe.model.gpt import GPT, Specialist
 from nanopoe.model.loss import IGNORE
 from nanopoe.model.stages import MicroLosses, backward_stages, head_backward
@@ -78,4 +79,7 @@ def scale_entry(model: GPT, seed: int) -> None:
     ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.chat_rows.device)
     state = frozen_state(model, model.embed(ids), ids, model.rope(ids))
     rms = float(state.float().square().mean().sqrt())
+    if not 0 < rms < math.inf:
+        raise NumericsError(f"the base's last state is of size {rms}", "specialist.scale_entry",
+                            "the base is broken: use an earlier step")
     cast(Specialist, model.specialists[-1]).resid_lambdas[0] = 2.0 ** -round(math.log2(rms))

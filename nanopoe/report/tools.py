@@ -49,7 +49,12 @@ class Asked(Part):
     limit: Count | None
     layouts: list[str]
     constrained: bool
+    view: str | None = None              # null is the model's own: of a specialist's run the specialist
     tokens: Count
+
+    @property
+    def how(self) -> str:
+        return (f", {self.view}" if self.view else "") + (", constrained" if self.constrained else "")
 
 
 class ToolsRecord(Part):
@@ -65,7 +70,7 @@ class ToolsRecord(Part):
 
     @property
     def title(self) -> str:
-        return f"Step {self.step:,}{', constrained' if self.request.constrained else ''}"
+        return f"Step {self.step:,}{self.request.how}"
 
     @property
     def said(self) -> str:
@@ -116,6 +121,6 @@ def tools_tables(records: Sequence[ToolsRecord]) -> Iterator[Table]:
         yield Table(record.title, *tools_rows(record), f"{record.said} Also {'; '.join(record.more)}.")
     if len(records) > len(newest):
         yield Table("Over steps, all layouts", ["step", *OVER_STEPS, "arithmetic"], [
-            [f"{r.step}{', constrained' if r.request.constrained else ''}",
+            [f"{r.step}{r.request.how}",
              *(str(r.tools.all[metric]) if metric in r.tools.all else "-" for metric in OVER_STEPS),
              str(r.arithmetic.exact)] for r in records])

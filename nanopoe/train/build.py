@@ -12,7 +12,7 @@ import torch
 
 from nanopoe import dist
 from nanopoe.checkpoint import Checkpoint, Saver, Target, clean, set_aside_after
-from nanopoe.checkpoint.cascade import Cascade, check_trunk, open_cascade, weights_digest
+from nanopoe.checkpoint.cascade import Cascade, check_trunk, digest_of, open_cascade, weights_digest
 from nanopoe.checkpoint.store import checkpoints_of
 from nanopoe.config import Experiment, Plan, config_hash, make_plan
 from nanopoe.config.counts import scaling_parameters
@@ -20,7 +20,7 @@ from nanopoe.data.audit import AUDIT
 from nanopoe.data.loader import Loader, maker, open_sources, train_loader
 from nanopoe.data.validation import EvalBatches, eval_batches
 from nanopoe.dist import World
-from nanopoe.errors import CheckpointError, DataError
+from nanopoe.errors import CheckpointError, DataError, everywhere
 from nanopoe.model import GPT
 from nanopoe.model.specialist import scale_entry, warm_start
 from nanopoe.model.stages import shared_parameters
@@ -91,8 +91,10 @@ def build_run(experiment: Experiment, world: World) -> Run:
             lineage = check_resume(experiment, checkpoint, tokenizer)
         open_sources(experiment.data.val, experiment.data.kind)  # a wrong path must not wait for an evaluation
         compute = choose_compute(experiment.runtime, world, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
-    with dist.agree(world.device), out_of_memory(experiment, world.device):
+    with dist.agree(world.device):
         start = find_start(experiment, tokenizer, checkpoint)
+    check_same(start, world)
+    with dist.agree(world.device), out_of_memory(experiment, world.device):
         model = build_model(experiment, world, compute, checkpoint, start)
         optimizer = build_optimizer(experiment, model, world, compute)
         if checkpoint is not None:
@@ -104,7 +106,8 @@ def build_run(experiment: Experiment, world: World) -> Run:
               loader, saver, lineage=lineage, resumed_from=checkpoint, warnings=warnings)
     if experiment.specialist is not None and experiment.specialist.cache_states:
         assert start is not None
-        run.keep = StateCache(run.folder / "cache" / f"{start.digest[:16]}-{compute_of(model)}",
+        below = digest_of([("chat_rows", model.chat_rows)], start.digest)         # all that the states depend on
+        run.keep = StateCache(run.folder / "cache" / f"{below[:32]}-{compute_of(model)}-{world.device.type}",
                               experiment.model.n_embd, model.compute_dtype)
     if checkpoint is not None:
         run.step, run.tokens = checkpoint.step, stored(checkpoint, "tokens", int)
@@ -145,6 +148,8 @@ def find_start(experiment: Experiment, tokenizer: Tokenizer, checkpoint: Checkpo
     """
     known = {} if checkpoint is None else checkpoint.manifest.fingerprints
     if experiment.specialist is not None:
+        if checkpoint is not None and "base" not in known:
+            raise CheckpointError("does not say what it was trained on", checkpoint.path, "use another step")
         path, wanted = experiment.specialist.base, experiment.specialist.base_step
     elif experiment.init_from is not None and checkpoint is None:
         path, wanted = experiment.init_from.path, experiment.init_from.step
@@ -163,6 +168,15 @@ def find_start(experiment: Experiment, tokenizer: Tokenizer, checkpoint: Checkpo
                  [tokenizer.encode(word) for word in WARM_WORDS] if warm else None)
 
 
+def check_same(start: Start | None, world: World) -> None:
+    """All ranks stand on the same: what is frozen is compared here, once. Collective."""
+    found = dist.gather_json("" if start is None else start.digest, world.device)
+    if len(set(found)) > 1:
+        other = next(rank for rank, digest in enumerate(found) if digest != found[0])
+        raise everywhere(CheckpointError(f"rank {other} found another base than rank 0", "specialist.base",
+                                         "every rank must see the same folder"))
+
+
 def check_below(experiment: Experiment, cascade: Cascade, path: str, tokenizer: Tokenizer) -> None:
     """The experiment must describe what stands in `path`, and add at most one specialist to it."""
     check_trunk(cascade.base.experiment.model, experiment.model, path)
@@ -172,6 +186,8 @@ def check_below(experiment: Experiment, cascade: Cascade, path: str, tokenizer: 
         raise CheckpointError(f"has specialists of {shown[1]} layers, model.specialists has {shown[0]} below the last",
                               path, "list the ones below, then the new one" if experiment.specialist else
                               "full fine-tuning starts from a base: name one")
+    if experiment.specialist is not None and experiment.name in cascade.names:
+        raise CheckpointError(f"has a specialist named {experiment.name} already", path, "give this run another name")
     if there and cascade.config.sequence_len != experiment.model.sequence_len:
         raise CheckpointError(f"was trained with model.sequence_len {cascade.config.sequence_len}", path,
                               "a specialist on a specialist needs the same")

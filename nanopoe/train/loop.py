@@ -51,6 +51,8 @@ def go_on(run: Run, watch: Watch, signals: Signals, status: Status) -> None:
     while not stop and run.step < total:
         position = advance(run, watch, warm=position is not None)
         status.step = run.step
+        if run.keep is not None and run.keep.problem:
+            watch.event("warning", what=f"states are no longer kept in {run.keep.folder}: {run.keep.take_problem()}")
         stop = step_ends(run, signals, saves)
         last = stop or run.step == total
         if last or due(run.step, experiment.checkpoint.every, total):

@@ -20,7 +20,8 @@ from nanopoe.tokenizer import Tokenizer
 # Contents are compared by digest, so places are free.
 FREE = re.compile(rf"({'|'.join(NOT_LEARNED)}|data\.val)(\..*)?|tokenizer|batch\.device_batch_size|"
                   r"data\.train\.\d+\.(path|files)|specialist\.(base|base_step|cache_states)|init_from(\..*)?")
-NEVER = re.compile(r"task|specialist|specialist\.warm_start|model(\..*)?|data\.(lanes|kind|packing|replay_steps)")
+NEVER = re.compile(r"task|specialist|specialist\.(warm_start|scale_entry)|model(\..*)?|"
+                   r"data\.(lanes|kind|packing|replay_steps)")
 Lineage = list[dict[str, Any]]
 
 

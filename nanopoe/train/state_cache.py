@@ -24,12 +24,13 @@ CRC_BYTES = 4
 class StateCache:
     """States (T, D) in `dtype` of rows of T ids, a file each: a CRC-32 and the raw bytes. `folder` must be of one base.
 
-    `read` and `computed` count rows. When the disk refuses, `problem` says why and nothing more is written.
+    `read` and `computed` count rows. When the disk refuses, `problem` says why, `full` is set and no more is written.
     """
 
     def __init__(self, folder: Path, width: int, dtype: torch.dtype):
         self.folder, self.width, self.dtype, self.problem = folder, width, dtype, ""
         self.read = self.computed = 0
+        self.full = False
 
     def __call__(self, ids: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         """compute() of `ids` (B, T), which is (B, T, D); read instead, if all rows are there. Not row by row: a row's
@@ -42,9 +43,14 @@ class StateCache:
         x = compute()
         self.computed += len(paths)
         for path, state in zip(paths, x.cpu(), strict=True):
-            if not self.problem:
+            if not self.full:
                 self._write(path, state)
         return x
+
+    def take_problem(self) -> str:
+        """The problem, once."""
+        problem, self.problem = self.problem, ""
+        return problem
 
     def _path(self, row: Tensor) -> Path:
         name = hashlib.sha256(row.contiguous().numpy().tobytes()).hexdigest()
@@ -72,6 +78,6 @@ class StateCache:
                 file.write(content)
             os.replace(beside, path)
         except OSError as error:
-            self.problem = error.strerror or str(error)
+            self.problem, self.full = error.strerror or str(error), True
             with suppress(OSError):
                 beside.unlink()
