@@ -139,18 +139,9 @@ def open_cascade(path: str | os.PathLike[str], step: int | None = None, *, base:
     return assemble(root, [(given[i], chains[i]) for i in order])
 
 
-def opened(checkpoint: Checkpoint, base: str | os.PathLike[str] | None = None) -> Cascade:
-    """The cascade that ends with an open checkpoint."""
-    root, chain = follow_from(checkpoint, None if base is None else Path(base), [place(checkpoint.path)])
-    return assemble(root, [(None, chain)] if chain else [])
-
-
 def follow(path: Path, step: int | None, base: Path | None) -> tuple[Checkpoint, list[Link]]:
-    return follow_from(open_source(path, step), base, [place(path)])
-
-
-def follow_from(source: Checkpoint | Delta, base: Path | None, seen: list[str]) -> tuple[Checkpoint, list[Link]]:
-    """The root below `source`, and the specialists from it up. Pointers are followed before a tensor is read."""
+    """The root below `path`, and the specialists from it up. Pointers are followed before a tensor is read."""
+    source, seen = open_source(path, step), [place(path)]
     links: list[Link] = []
     while True:
         link = link_of(source)
