@@ -1,12 +1,12 @@
-"""Attention kernels: rotary positions and windowed causal attention. One interface, `attend`, for every caller."""
+"""Attention: rotary positions and windowed causal attention. One interface, `attend`, for every caller."""
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanopoe.model.windows import windowed_kernel
 
 ROPE_BASE = 1e5
 
@@ -26,14 +26,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
-@lru_cache(maxsize=16)
-def window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Boolean (Tq, Tk), True = may look: the last Tq of Tk positions as queries, t - window <= s <= t."""
-    t = torch.arange(keys - queries, keys, device=device)[:, None]
-    s = torch.arange(keys, device=device)[None, :]
-    return (s <= t) & (s >= t - window)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None) -> Tensor:
     """Causal attention in which position t sees t-window..t.
 
@@ -48,6 +40,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = N
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa)
     if queries == keys and window >= keys - 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    if gqa:          # with a mask CUDA's fused kernels take no grouped queries, and the plain one holds (B, H, T, T)
-        k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(queries, keys, window, q.device), scale=scale)
+    return windowed_kernel(q.device, q.dtype).run(q, k, v, window, q.size(-1) ** -0.5 if scale is None else scale)
