@@ -17,6 +17,8 @@ EXAMPLES = """examples:
   python -m scripts.bench step configs/small_poe.yaml --set runtime.compute_dtype=bfloat16 --json
   python -m scripts.bench optimizer configs/small_poe.yaml
   torchrun --nproc_per_node=4 -m scripts.bench memory configs/small_poe.yaml
+  torchrun --nproc_per_node=2 -m scripts.bench stages configs/small_poe.yaml --set parallel.stages=2
+  python -m scripts.bench head configs/small_poe.yaml --set model.vocab_size=32768
   python -m scripts.bench data                                        8 x 512 on ../shared/corpus
   python -m scripts.bench data --rows 8 32 --seq 2048 --data data/stdlib/train --tokenizer data/stdlib/tokenizer
   python -m scripts.bench specialist                                  configs/stage_tool.yaml, scaled down
@@ -34,6 +36,10 @@ COLUMNS = {
     "optimizer": ("experiment", "dtype", "parameters", "sharded ms", "plain ms", "ratio", "largest difference"),
     "memory": ("experiment", "ranks", "micro-steps", "MiB weights", "formula", "optimizer", "formula",
                "gradients, peak", "bound"),
+    "stages": ("experiment", "ranks", "micro-steps", "s / step alone", "with stages", "speed-up", "tokens/s",
+               "idle by rank", "of the loss", "of a weight", "spread ms"),
+    "head": ("experiment", "dtype", "heads", "rows x V", "fused s", "held s", "ratio", "fused MiB", "held MiB", "ratio",
+             "of peak", "loss gap"),
 }
 
 
@@ -47,6 +53,17 @@ def row(what: str, r: dict[str, Any]) -> list[str]:
     if what == "optimizer":
         return [r["experiment"], r["dtype"], f"{r['parameters']:,}", f"{1e3 * r['sharded']:.1f}",
                 f"{1e3 * r['plain']:.1f}", f"{r['ratio']:.3f}", f"{r['difference']:.1e}"]
+    if what == "stages":
+        return [r["experiment"], f"{r['ranks']} = {r['grid']}", str(r["micro_steps"]), f"{r['alone']:.3f}",
+                f"{r['stages']:.3f}", f"{r['speedup']:.2f}x", f"{r['tokens_per_s']['stages']:,.0f}",
+                " ".join(f"{share:.1%}" for share in r["idle"]), f"{r['loss_difference']:.0e}",
+                f"{r['weight_difference']:.0e}", f"{1e3 * r['spread_seconds']:.1f}"]
+    if what == "head":
+        arms = r["arms"].values()
+        return [r["experiment"], r["dtype"], str(r["heads"]), f"{r['rows']:,} x {r['vocab_size']:,}",
+                *(f"{arm['seconds']:.3f}" for arm in arms), f"{r['time_ratio']:.3f}",
+                *(f"{arm['bytes'] / 2**20:,.0f}" for arm in arms), f"{r['memory_ratio']:.3f}", f"{r['mfu']:.0%}",
+                f"{r['loss_gap']:.0e}"]
     mib = {key: f"{value / 2**20:,.2f}" for key, value in r.items() if isinstance(value, int)}
     return [r["experiment"], str(r["world_size"]), str(r["micro_steps"]), mib["weights"], mib["weights_formula"],
             mib["optimizer"], mib["optimizer_formula"], mib["gradients"], mib["gradients_formula"]]
@@ -126,7 +143,9 @@ def parse() -> argparse.Namespace:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for name, text in (("step", "forward, backward and optimizer on random tokens"),
                        ("optimizer", "an update against the plain single-process form"),
-                       ("memory", "tensors of the fullest rank (torchrun) against the formula")):
+                       ("memory", "tensors of the fullest rank (torchrun) against the formula"),
+                       ("head", "the fused head and loss against the form that holds all logits"),
+                       ("stages", "stages on different ranks (torchrun) against one rank; and what differs")):
         command = commands.add_parser(name, help=text, description=text, parents=[common])
         command.add_argument("configs", nargs="*", default=["configs/quickstart.yaml"], help="experiment files")
         command.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="override, for all")
@@ -177,14 +196,16 @@ def experiment_results(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     from nanopoe.dist import world
     from nanopoe.train.bench import bench_memory, bench_optimizer, bench_step
+    from nanopoe.train.bench_head import bench_head
+    from nanopoe.train.bench_stages import bench_stages
 
     with world(experiments[0].runtime.device) as here:
-        if here.size > 1 and args.what != "memory":
+        if here.size > 1 and args.what not in ("memory", "stages"):
             raise ConfigError(f"bench {args.what} measures one rank, not {here.size}", "torchrun",
                               "start it with python -m scripts.bench")
+        arms = {"step": bench_step, "optimizer": bench_optimizer, "head": bench_head, "stages": bench_stages}
         results = [bench_memory(experiment, here) if args.what == "memory" else
-                   (bench_step if args.what == "step" else bench_optimizer)(experiment, here, args.steps)
-                   for experiment in experiments]
+                   arms[args.what](experiment, here, args.steps) for experiment in experiments]
         return results if here.is_main else []
 
 

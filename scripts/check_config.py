@@ -29,7 +29,8 @@ def summary(exp: Experiment, world_size: int) -> list[str]:
         f"stages       {layout.n_stages} ({exp.model.poe_mode}), ending with layer {ends}",
         f"schedule     {plan.total_steps:,} steps in {len(exp.schedule.cycles)} cycles",
         f"tokens       {plan.total_tokens:,} = {plan.total_steps:,} x {plan.tokens_per_step:,}",
-        f"step         {plan.micro_steps} x {plan.device_batch_size} rows of {plan.sequence_len} on {world_size} ranks",
+        f"step         {plan.micro_steps} x {plan.device_batch_size} rows of {plan.sequence_len} on {world_size} ranks"
+        + (f" = {plan.grid()}" if plan.stages else ""),
         f"ranks        {', '.join(map(str, valid_world_sizes(exp)))} are valid",
         f"output       {exp.out}",
     ]
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("file", help="experiment file (YAML)")
     parser.add_argument("more", nargs="*", default=[], metavar="file | key.sub=value",
                         help="more files; keys to set in all of them, list items by index")
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks to plan for (default 1)")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for (default: parallel.stages)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_intermixed_args()
     files = [args.file, *(arg for arg in args.more if "=" not in arg)]
@@ -58,7 +59,8 @@ def main() -> int:
     for file in files:
         try:
             exp = load_experiment(file, [arg for arg in args.more if "=" in arg])
-            print("\n".join([f"ok {file}", *("  " + line for line in summary(exp, args.world_size))]))
+            lines = summary(exp, args.world_size or exp.parallel.stages)
+            print("\n".join([f"ok {file}", *("  " + line for line in lines)]))
         except ConfigError as error:                  # the other files still get their answer
             report(error)
             code = error.exit_code

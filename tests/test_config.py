@@ -177,8 +177,8 @@ def test_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     ({"name": "a\nb"}, "name: control characters in 'a\\nb'"),
     ({"tokenizer": "\ud800"}, "tokenizer: control characters in '\\ud800'"),
     ({"clé\n": 1}, "'cl\\xe9\\n': unknown key; the keys here are name, run_dir, seed, tokenizer, task, init_from, "
-                   "specialist, model, objective, data, batch, schedule, optim, runtime, checkpoint, evaluation, "
-                   "logging, resume"),
+                   "specialist, model, objective, data, batch, schedule, optim, runtime, parallel, checkpoint, "
+                   "evaluation, logging, resume"),
     ({"tokenizer": {1, 2}}, "tokenizer: cannot be set"),
     ({"model.n_layer": 10**9}, "model.n_layer: must be <= 4096, got 1000000000"),
 ])
@@ -313,8 +313,8 @@ def test_hash_follows_the_learned_weights_only() -> None:
     base = config_hash(load_experiment(SMALL))
     assert len(base) == 12
     assert int(base, 16) >= 0
-    same = ["name=x", "run_dir=y", "runtime.threads=2", "checkpoint.every=7", "evaluation.tokens=5",
-            "logging.every=9", "resume.step=1"]
+    same = ["name=x", "run_dir=y", "runtime.threads=2", "parallel.stages=2", "checkpoint.every=7",
+            "evaluation.tokens=5", "logging.every=9", "resume.step=1"]
     assert {s.split("=")[0].split(".")[0] for s in same} == set(NOT_LEARNED)
     assert all(config_hash(load_experiment(SMALL, [s])) == base for s in same)
     other = ["seed=1", "optim.matrix_lr=.021", "model.poe_mode=hier", "data.lanes=24", "schedule.cycles.0.peak=.9",

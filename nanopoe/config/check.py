@@ -15,7 +15,7 @@ SMALLEST_VOCAB = 256 + 9      # every byte, and the nine special tokens
 
 def check(exp: Experiment) -> list[str]:
     """Problems of an experiment whose fields are valid one by one, `key: what` a line; empty if there are none."""
-    return [*check_model(exp.model), *_task(exp), *_objective(exp),
+    return [*check_model(exp.model), *_task(exp), *_objective(exp), *_parallel(exp),
             *_batch(exp), *_data(exp.data), *_folders(exp),
             *(p for i, cycle in enumerate(exp.schedule.cycles) for p in _cycle(i, cycle))]
 
@@ -122,6 +122,27 @@ def _objective(exp: Experiment) -> Iterator[str]:
         yield "objective.rho: residual_logop needs it (0.5 is the published choice)"
     if o.kind != "residual_logop" and o.rho is not None:
         yield f"objective.rho: must be null with kind {o.kind}, which does not use it"
+
+
+def _parallel(exp: Experiment) -> Iterator[str]:
+    """What stages on different ranks cannot do: they exchange boundary states, forward, and nothing else."""
+    m, P = exp.model, exp.parallel.stages
+    if P == 1:
+        return
+    if exp.task == "specialist":
+        yield f"parallel.stages: must be 1 with task specialist, which trains one stage; got {P}"
+    elif m.poe_mode != "flat":
+        yield f"parallel.stages: {P} needs poe_mode flat, where no gradient crosses a boundary; got {m.poe_mode}"
+    else:
+        K = len(m.poe_stage_layers) if m.poe_stage_layers else m.n_layer // (m.poe_every or m.n_layer)
+        if P > K:
+            yield f"parallel.stages: {P} ranks cannot share {K} stage{'s' * (K > 1)}; use {K} or fewer"
+    if exp.objective.kind == "residual_logop":
+        yield (f"parallel.stages: must be 1 with objective residual_logop, got {P}; its stages read the "
+               "log-probabilities of all before, vocabulary-wide")
+    if exp.runtime.numerics == "strict":
+        yield (f"parallel.stages: must be 1 with runtime.numerics strict, got {P}; gradients of shared parameters are "
+               "added up by rank, which is another order")
 
 
 def _batch(exp: Experiment) -> Iterator[str]:

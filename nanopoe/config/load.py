@@ -17,7 +17,7 @@ from nanopoe.config.strict import kind_of, read_yaml, show, show_path, validated
 from nanopoe.errors import ConfigError
 
 # What may differ between two runs that learn the same weights: where, how fast and what we see.
-NOT_LEARNED = ("name", "run_dir", "runtime", "checkpoint", "evaluation", "logging", "resume")
+NOT_LEARNED = ("name", "run_dir", "runtime", "parallel", "checkpoint", "evaluation", "logging", "resume")
 
 _OF_MIXTURE = ("data.mixture", "data.folder")
 

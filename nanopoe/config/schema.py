@@ -174,6 +174,13 @@ class RuntimeConfig(Strict):
         default=500, description="steps between comparisons of the weights of all ranks, bit for bit; null = never")
 
 
+class ParallelConfig(Strict):
+    stages: Depth = Field(
+        default=1, description="ranks that share the stages of one model, consecutive ones each, and read the same "
+                               "rows; the world size is a multiple of it. 1 = every rank runs all stages. More only "
+                               "with poe_mode flat, and without the pool's training loss")
+
+
 class CheckpointConfig(Strict):
     every: Positive | None = Field(default=None, description="steps; null = only at the end")
     keep_last: Positive | None = Field(default=None, description="older ones are removed; null = keep all")
@@ -228,6 +235,7 @@ class Experiment(Strict):
     schedule: ScheduleConfig
     optim: OptimConfig
     runtime: RuntimeConfig = RuntimeConfig()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()

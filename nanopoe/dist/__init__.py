@@ -11,13 +11,15 @@ from nanopoe.dist.collectives import (
     broadcast,
     gather_json,
     gather_to,
+    receive,
     reduce_to,
+    send,
     size,
     sum_integers,
 )
-from nanopoe.dist.group import World, choose_device, environment_world, side_group, world
+from nanopoe.dist.group import World, choose_device, column_group, environment_world, side_group, world
 from nanopoe.dist.heartbeat import mark, when_lost
 
 __all__ = ["Group", "Pending", "World", "agree", "all_gather", "all_reduce_sum_", "barrier", "broadcast",
-           "choose_device", "environment_world", "gather_json", "gather_to", "mark", "reduce_to", "side_group", "size",
-           "sum_integers", "when_lost", "world"]
+           "choose_device", "column_group", "environment_world", "gather_json", "gather_to", "mark", "receive",
+           "reduce_to", "send", "side_group", "size", "sum_integers", "when_lost", "world"]

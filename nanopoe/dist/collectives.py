@@ -1,7 +1,8 @@
 """Thin wrappers of the collectives, no-ops on one rank. A failing one is a PeerError.
 
-Rule: every rank calls the same collectives in the same order, never under `if rank == 0`. `group` is None for
-training's own group; a thread brings one of its own (group.side_group).
+Rule: every rank of a group calls the same collectives in the same order, never under `if rank == 0`. `group` is None
+for all ranks in the training thread; a thread brings one of its own (group.side_group). reduce_to, broadcast, send and
+receive are the training thread's alone, among all ranks or a column of them (group.column_group).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def size() -> int:
 def _peers(group: Group | None, *, enters: bool = True, waits: bool = True) -> Iterator[None]:
     """A collective that fails is another rank's end. Told at once: torchrun ends this rank within a moment.
 
-    Those of training's own group are what the heartbeat sees of this rank: that it enters one, and waits in it.
+    Those of the training thread are what the heartbeat sees of this rank: that it waits in one, and how many it entered
+    of those that all ranks enter.
     """
     pulse = heartbeat.pulse if group is None else heartbeat.Pulse()
     pulse.entered += enters
@@ -82,10 +84,10 @@ def sum_integers(values: Sequence[int], device: torch.device | str = "cpu", grou
     return [int(v) for v in all_reduce_sum_(torch.tensor(values, dtype=torch.int64, device=device), group).tolist()]
 
 
-def reduce_to(tensor: Tensor, owner: int) -> Pending:
+def reduce_to(tensor: Tensor, owner: int, column: Group | None = None) -> Pending:
     """Start summing `tensor` over ranks into rank `owner`'s, in place; elsewhere it is left as scrap."""
-    with _peers(None, waits=False):
-        return Pending(dist.reduce(tensor, owner, async_op=True), None, tensor)
+    with _peers(None, enters=column is None, waits=False):
+        return Pending(dist.reduce(tensor, owner, group=column, async_op=True), None, tensor)
 
 
 def gather_to(tensor: Tensor, everyone: list[Tensor] | None, owner: int) -> Pending:
@@ -94,10 +96,26 @@ def gather_to(tensor: Tensor, everyone: list[Tensor] | None, owner: int) -> Pend
         return Pending(dist.gather(tensor, everyone, owner, async_op=True), None, tensor, *(everyone or ()))
 
 
-def broadcast(tensor: Tensor, source: int) -> Pending:
+def broadcast(tensor: Tensor, source: int, column: Group | None = None) -> Pending:
     """Start overwriting `tensor` with that of rank `source`."""
-    with _peers(None, waits=False):
-        return Pending(dist.broadcast(tensor, source, async_op=True), None, tensor)
+    with _peers(None, enters=column is None, waits=False):
+        return Pending(dist.broadcast(tensor, source, group=column, async_op=True), None, tensor)
+
+
+def send(tensor: Tensor, rank: int) -> Pending:
+    """Start giving `tensor` to a rank that receives."""
+    with _peers(None, enters=False, waits=False):
+        work = dist.isend(tensor, rank)
+        assert work is not None
+        return Pending(work, None, tensor)
+
+
+def receive(tensor: Tensor, rank: int) -> Pending:
+    """Start filling `tensor` with what a rank sends, in the order it does."""
+    with _peers(None, enters=False, waits=False):
+        work = dist.irecv(tensor, rank)
+        assert work is not None
+        return Pending(work, None, tensor)
 
 
 # torch 2.13 renames the single-tensor collectives and warns at the old names, which are all that 2.11 has.

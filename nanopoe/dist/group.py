@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -148,6 +148,16 @@ def absent(store: dist.Store, size: int) -> str:
     except RuntimeError:
         ranks = [0]                                                     # it held the store
     return f"rank {', '.join(map(str, ranks))}"
+
+
+def column_group(columns: Sequence[Sequence[int]], timeout_s: int) -> Group | None:
+    """The group of this rank's column, of ranks that train the same stages; None where it is alone. Collective."""
+    mine = None
+    for ranks in columns if len(columns[0]) > 1 else ():
+        group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_s))
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
 
 
 def side_group(timeout_s: int) -> Group | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,21 @@ class MLP(nn.Module):
         self.c_proj = Linear(layout.intermediate, m.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(ReluSquared.apply(self.c_fc(x)))
+
+
+class ReluSquared(torch.autograd.Function):
+    """relu(x)^2. Keeps of x nothing but the result, which c_proj keeps anyway: its root is relu(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = F.relu(x).square_()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return ctx.saved_tensors[0].sqrt().mul_(2).mul_(grads[0])
 
 
 class Block(nn.Module):
@@ -244,7 +258,8 @@ class GPT(nn.Module):
             weight = weight + cast(Linear, self.lm_head_stages[min(k, last)]).weight
         for i in self.layout.chains[k - last - 1] if k > last else ():
             weight = weight + cast(Specialist, self.specialists[i]).lm_head_stage.weight
-        return weight[: self.config.vocab_size]
+        # a slice of all rows would send the gradient through another (V, D)
+        return weight if len(weight) == self.config.vocab_size else weight[: self.config.vocab_size]
 
     def stage_logits(self, x: Tensor, k: int) -> Tensor:
         """Boundary state (..., D) of stage k -> logits (..., V), fp32, softcapped."""

@@ -18,7 +18,7 @@ from nanopoe.config.schema import ObjectiveConfig
 from nanopoe.errors import NumericsError
 from nanopoe.model.gpt import GPT, Specialist
 from nanopoe.model.loss import IGNORE
-from nanopoe.model.stages import MicroLosses, backward_stages, head_backward
+from nanopoe.model.stages import MicroLosses, backward_stages, head_backward, head_chunks
 
 Keep = Callable[[Tensor, Callable[[], Tensor]], Tensor]      # (ids (B, T), compute) -> what compute() gives, (B, T, D)
 
@@ -43,7 +43,8 @@ def backward_specialist(model: GPT, ids: Tensor, targets: Tensor, objective: Obj
         compute = partial(frozen_state, model, x0, ids, rope)
         x = compute() if keep is None else keep(ids, compute)
     x = model.run_stage(k, x, x0, ids, rope)
-    loss, ce, grad = head_backward(model, x, k, targets, None, objective, scale)
+    loss, ce, grad = head_backward(model, x, k, targets, head_chunks(targets, model.config.vocab_size), None, objective,
+                                   scale)
     torch.autograd.backward(x, grad)
     return MicroLosses(loss, ce.unsqueeze(0), None, (targets != IGNORE).sum())
 

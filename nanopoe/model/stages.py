@@ -8,14 +8,16 @@ and sent once through smear and embedding at the end. The result is that of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from nanopoe.config.layout import CHUNK_ELEMENTS, layout_of
+from nanopoe.config.layout import layout_of
 from nanopoe.config.schema import ModelConfig, ObjectiveConfig
-from nanopoe.model.gpt import GPT, capped_logits, norm
-from nanopoe.model.loss import IGNORE, nats, stage_loss
+from nanopoe.model.gpt import GPT
+from nanopoe.model.head import head_backward, head_chunks
+from nanopoe.model.loss import IGNORE, pooled_nats
 
 
 @dataclass(frozen=True)
@@ -44,28 +46,46 @@ def trained_losses(model: GPT) -> int:
     return 1 if model.config.specialists else model.layout.n_stages
 
 
+class Part(Protocol):
+    """Consecutive stages of a `flat` model, and what stands at their ends."""
+
+    @property
+    def stages(self) -> range: ...
+
+    def enter(self, x0: Tensor) -> Tensor:
+        """What the first of them reads, (B, T, D): x0 itself, or the state of the stage before."""
+
+    def leave(self, x: Tensor) -> None:
+        """Takes the state (B, T, D) behind the last of them, before its backward; it is never changed."""
+
+
 def backward_stages(model: GPT, ids: Tensor, targets: Tensor, objective: ObjectiveConfig, scale: float,
-                    report_pool: bool = False) -> MicroLosses:
+                    report_pool: bool = False, part: Part | None = None) -> MicroLosses:
     """Add the gradients of scale * total loss (a sum over targets) to every `.grad`. ids, targets (B, T) int64.
 
     total = sum_k loss_k / K^(1-alpha). BP is the case K = 1; `hier` keeps the boundaries connected, so its stages
-    run backward together at the end.
+    run backward together at the end. With `part` only its stages run: losses are theirs, and there is no pool.
     """
     K = model.layout.n_stages
+    stages = range(K) if part is None else part.stages
+    assert part is None or (model.config.poe_mode == "flat" and objective.kind == "ce" and not report_pool)
     local = model.config.poe_mode == "flat"
     weight = stage_weight(K, objective.alpha)
     pool = None
+    chunks = head_chunks(targets, model.config.vocab_size)
     if objective.kind == "residual_logop" or (report_pool and K > 1):
-        pool = torch.zeros(ids.numel(), model.config.vocab_size, device=ids.device)
+        pool = [torch.zeros(len(rows), model.config.vocab_size, device=ids.device) for rows in chunks]
     embedded = model.embed(ids)
     x0 = embedded.detach().requires_grad_()                           # stages leave their gradients in x0.grad
     rope = model.rope(ids)
-    x: Tensor = x0
+    x = x0 if part is None else part.enter(x0)
     boundaries, gradients, totals, plain = [], [], [], []
-    for k in range(K):
+    for k in stages:
         injected = x0.detach() if model.config.detach_x0 and k > 0 else x0
         x = model.run_stage(k, x, injected, ids, rope)
-        loss, ce, grad = head_backward(model, x, k, targets, pool, objective, scale * weight)
+        if part is not None and k == stages[-1]:
+            part.leave(x.detach())
+        loss, ce, grad = head_backward(model, x, k, targets, chunks, pool, objective, scale * weight)
         totals.append(loss * weight)
         plain.append(ce)
         if local:
@@ -76,42 +96,14 @@ def backward_stages(model: GPT, ids: Tensor, targets: Tensor, objective: Objecti
             gradients.append(grad)
     if not local:
         torch.autograd.backward(boundaries, gradients)
-    assert x0.grad is not None
-    embedded.backward(x0.grad)
+    if x0.grad is not None:                                           # detach_x0: later stages leave none
+        embedded.backward(x0.grad)
     pool_nats = None
     if report_pool and pool is not None:
-        rows = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
-        parts = zip(pool.split(rows), targets.reshape(-1).split(rows), strict=True)
-        pool_nats = torch.stack([nats(log_p / K, y) for log_p, y in parts]).sum()
+        flat = targets.reshape(-1)
+        pool_nats = torch.stack([pooled_nats(log_p, K, flat[rows])
+                                 for log_p, rows in zip(pool, chunks, strict=True)]).sum()
     return MicroLosses(torch.stack(totals).sum(), torch.stack(plain), pool_nats, (targets != IGNORE).sum())
-
-
-def head_backward(model: GPT, x: Tensor, k: int, targets: Tensor, pool: Tensor | None, objective: ObjectiveConfig,
-                  scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Head and loss of stage k in chunks of rows, each run backward at once, so that (B*T, V) is never held.
-
-    Adds the gradients of the heads; returns (loss sum, cross-entropy sum, gradient (B, T, D) into x).
-    """
-    states, flat_targets = x.detach().view(-1, x.size(-1)), targets.reshape(-1)
-    head = model.head_weight(k)
-    weight = head.detach().requires_grad_()                           # heads are added up once, not once a chunk
-    rows = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
-    loss_sum = torch.zeros((), device=x.device)
-    ce_sum = torch.zeros((), device=x.device)
-    gradients = []
-    for start in range(0, states.size(0), rows):
-        part = slice(start, start + rows)
-        h = states[part].requires_grad_()
-        loss, ce = stage_loss(capped_logits(norm(h), weight), flat_targets[part], k,
-                              None if pool is None else pool[part], objective)
-        (loss * scale).backward()
-        assert h.grad is not None
-        gradients.append(h.grad)
-        loss_sum += loss.detach()
-        ce_sum += ce.detach()
-    assert weight.grad is not None
-    head.backward(weight.grad)
-    return loss_sum, ce_sum, torch.cat(gradients).view_as(x)
 
 
 def truncate(config: ModelConfig, tensors: dict[str, Tensor], n: int) -> tuple[ModelConfig, dict[str, Tensor]]:

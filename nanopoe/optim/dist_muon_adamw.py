@@ -10,13 +10,18 @@ Two ways to sum. `fast`: the backend's reduction, whose order of additions depen
 owner gets every rank's micro-gradient and adds them in the order of the global micro-batches, so any world size gives
 the same bits on a CPU, at world_size times the traffic into an owner. (On a GPU the backward itself may round otherwise
 from one run to the next; what is done here still has one order.)
+
+With stages on different ranks (parallel.stages) a column is the ranks that train the same stages. A stage's parameters
+are reduced in, owned by and broadcast in their column; the other ranks keep them as they were until spread(). What
+several columns train is added up on every rank, and sent once a step, in reduce(): columns are at different
+micro-batches at a time, and a collective of all ranks in between would make them wait for each other.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,31 +96,47 @@ class DistMuonAdamW:
     `shared` names those that more than one backward call of a micro-batch adds to: their gradient is complete only when
     take() is called. All other gradients leave from a hook, in the order of the backward pass, which is the same on
     every rank. All state is allocated here.
+
+    `homes` names the column (ascending ranks) of every parameter that not all ranks train, and `column` is the process
+    group of this rank's, null where it is alone in it.
     """
 
     def __init__(self, params: Mapping[str, Tensor], groups: list[Group], rank: int = 0, world_size: int = 1,
                  polar_dtype: torch.dtype = torch.float32, numerics: Literal["fast", "strict"] = "fast",
-                 shared: Collection[str] = ()):
+                 shared: Collection[str] = (), homes: Mapping[str, Sequence[int]] | None = None,
+                 column: dist.Group | None = None):
         grouped = [name for group in groups for name in group.params]
         if sorted(grouped) != sorted(params):
             odd = sorted(set(grouped) ^ set(params)) or sorted({n for n in grouped if grouped.count(n) > 1})
             raise ValueError(f"every trainable parameter belongs to exactly one group; look at {', '.join(odd)}")
+        assert not homes or numerics == "fast", "what columns add up has no strict order"
         self.rank, self.world_size, self.polar_dtype, self.numerics = rank, world_size, polar_dtype, numerics
         self.params = dict(params)
+        self.homes, self._column = dict(homes or {}), column
+        self._taking = [name for name in params if rank in self._ranks(name) and (name in self.homes or not homes)]
+        self._late = [name for name in params if homes and name not in homes]      # sent in reduce()
+        self._spread = 0                           # updates done when all ranks last held the same weights
         self.steps = 0                             # updates done, AdamW's bias correction counts them
         kinds = {name: group.kind for group in groups for name in group.params}
         shapes = {name: tuple(params[name].shape) for name in grouped}
         self._pieces: dict[str, list[Piece]] = {name: [] for name in grouped}
-        for piece in share_out(shapes, kinds, world_size):
+        for piece in share_out(shapes, kinds, world_size, homes):
             self._pieces[piece.param].append(piece)
         self.parcels = [self._parcel(group, pieces) for group in groups for pieces in self._parcelled(group)]
         self._owned = {(s.piece.param, s.piece.low): s for parcel in self.parcels for s in parcel.own}
         self.flights: deque[Flight] = deque()
         self._taken: set[str] = set()
         self.listening = True
-        for name in grouped:
+        for name in self._taking:
             if name not in shared:
                 params[name].register_post_accumulate_grad_hook(partial(_complete, weakref.ref(self), name))
+
+    def _ranks(self, name: str) -> Sequence[int]:
+        """The ranks that train a parameter."""
+        return self.homes.get(name, range(self.world_size))
+
+    def _group(self, name: str) -> dist.Group | None:
+        return self._column if name in self.homes else None
 
     def _parcelled(self, group: Group) -> Iterator[list[Piece]]:
         """The parcels of a group in the order they are updated: the same on every rank."""
@@ -166,12 +187,12 @@ class DistMuonAdamW:
             self._land(self.flights.popleft())
 
     def _send(self, piece: Piece, grad: Tensor, whole: bool) -> None:
-        if self.world_size == 1:
+        if len(self._ranks(piece.param)) == 1:
             self._owned[piece.param, piece.low].add(grad, own=True)
             return
         parts = None
         if self.numerics == "fast":
-            work = dist.reduce_to(grad, piece.owner)
+            work = dist.reduce_to(grad, piece.owner, self._group(piece.param))
         else:
             if piece.owner == self.rank:
                 parts = [torch.empty_like(grad) for _ in range(self.world_size)]
@@ -191,17 +212,21 @@ class DistMuonAdamW:
 
     @torch.no_grad()
     def take(self) -> None:
-        """End a micro-batch: send off what is not yet, the shared parameters' gradients. Collective."""
-        for name, param in self.params.items():
-            if name not in self._taken and param.grad is not None:
-                self.complete(name, param)
-        missing = self.params.keys() - self._taken
+        """End a micro-batch: send off what is not yet, the shared parameters' gradients. Collective in a column."""
+        for name in self._taking:
+            if name not in self._taken and self.params[name].grad is not None:
+                self.complete(name, self.params[name])
+        missing = set(self._taking) - self._taken
         assert not missing, f"no gradient: {', '.join(sorted(missing)[:3])}"
         self._taken.clear()
 
     @torch.no_grad()
     def reduce(self) -> Tensor:
-        """Wait until every owner has its sums. Returns the squared norm of the owned ones, fp64, ()."""
+        """Send off what all columns have added up, and wait until every owner has its sums. Returns the squared norm of
+        the owned ones, fp64, (). Collective."""
+        for name in self._late:
+            self.complete(name, self.params[name])
+        self._taken.clear()
         while self.flights:
             self._land(self.flights.popleft())
         grads = []
@@ -224,7 +249,7 @@ class DistMuonAdamW:
 
     @torch.no_grad()
     def update(self, lr_scale: float, momentum: float, decay_scale: float, grad_scale: float = 1.0) -> None:
-        """Update owned pieces with the reduced gradients (times `grad_scale`), then give every rank all of them.
+        """Update owned pieces with the reduced gradients (times `grad_scale`), then give every rank those it trains.
 
         `lr_scale` multiplies every rate, `decay_scale` Muon's weight decay (the schedule's values of this step).
         """
@@ -239,11 +264,29 @@ class DistMuonAdamW:
                 self._apply(parcel, lr_scale, momentum, decay_scale)
             for owned in parcel.own:
                 owned.grad = None
-            if self.world_size > 1:
-                under_way += [dist.broadcast(self.params[p.param].detach()[p.low:p.high], p.owner)
-                              for p in parcel.pieces]
+            under_way += [dist.broadcast(self._values(p), p.owner, self._group(p.param)) for p in parcel.pieces
+                          if self.rank in self._ranks(p.param) and len(self._ranks(p.param)) > 1]
         for work in under_way:
             work.wait()
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Give every rank the weights that other columns train, for an evaluation, a save or a comparison; nothing if
+        that was done since the last update. Collective.
+
+        A rank's own column keeps its copies, right or wrong: a comparison of ranks is to see them.
+        """
+        if self.homes and self._spread < self.steps:
+            for parcel in self.parcels:
+                pieces = [p for p in parcel.pieces if p.param in self.homes]
+                kept = [self.rank in self._ranks(p.param) and self.rank != p.owner for p in pieces]
+                for work in [dist.broadcast(torch.empty_like(self._values(p)) if keep else self._values(p), p.owner)
+                             for p, keep in zip(pieces, kept, strict=True)]:
+                    work.wait()
+        self._spread = self.steps
+
+    def _values(self, piece: Piece) -> Tensor:
+        return self.params[piece.param].detach()[piece.low:piece.high]
 
     def _apply(self, parcel: Parcel, lr_scale: float, momentum: float, decay_scale: float) -> None:
         group, own, lr = parcel.group, parcel.own, parcel.group.lr * lr_scale
@@ -291,7 +334,7 @@ class DistMuonAdamW:
     @torch.no_grad()
     def load_state(self, rows: Callable[[str, str, int, int], Tensor], steps: int) -> None:
         """Fill the state from `rows(param, slot, low, high)`, whatever world size wrote it."""
-        self.steps = steps
+        self.steps = self._spread = steps
         for part in self.state_parts():
             part.tensor.copy_(rows(part.param, part.slot, part.row0, part.row0 + part.tensor.size(0)))
 

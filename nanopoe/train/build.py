@@ -16,6 +16,7 @@ from nanopoe.checkpoint.cascade import Cascade, check_trunk, digest_of, open_cas
 from nanopoe.checkpoint.store import checkpoints_of
 from nanopoe.config import Experiment, Plan, config_hash, make_plan
 from nanopoe.config.counts import scaling_parameters
+from nanopoe.config.plan import parameter_homes
 from nanopoe.data.audit import AUDIT
 from nanopoe.data.loader import Loader, maker, open_sources, train_loader
 from nanopoe.data.validation import EvalBatches, eval_batches
@@ -28,6 +29,7 @@ from nanopoe.optim import DistMuonAdamW, build_groups
 from nanopoe.schedule import Schedule
 from nanopoe.tokenizer import Tokenizer
 from nanopoe.train.compute import Compute, choose_compute, out_of_memory
+from nanopoe.train.pipeline import Pipeline
 from nanopoe.train.restore import (
     check_state,
     check_weights,
@@ -60,6 +62,7 @@ class Run:
     loader: Loader
     saver: Saver
     keep: StateCache | None = None
+    pipe: Pipeline | None = None
     step: int = 0
     tokens: int = 0
     lineage: Lineage = field(default_factory=list)
@@ -94,16 +97,18 @@ def build_run(experiment: Experiment, world: World) -> Run:
     with dist.agree(world.device):
         start = find_start(experiment, tokenizer, checkpoint)
     check_same(start, world)
+    column = stage_column(experiment, plan)
     with dist.agree(world.device), out_of_memory(experiment, world.device):
         model = build_model(experiment, world, compute, checkpoint, start)
-        optimizer = build_optimizer(experiment, model, world, compute)
+        optimizer = build_optimizer(experiment, model, world, compute, plan, column)
         if checkpoint is not None:
             check_state(optimizer, checkpoint)
             optimizer.load_state(checkpoint.optimizer_rows, stored(checkpoint, "optimizer_steps", int))
         loader, lineage = build_loader(experiment, tokenizer, plan, world, checkpoint, lineage)
     saver = build_saver(experiment, tokenizer, model, optimizer, world, checkpoint, start)
     run = Run(experiment, world, plan, Schedule(experiment.schedule.cycles), compute, tokenizer, model, optimizer,
-              loader, saver, lineage=lineage, resumed_from=checkpoint, warnings=warnings)
+              loader, saver, pipe=Pipeline(plan, world) if plan.stages else None, lineage=lineage,
+              resumed_from=checkpoint, warnings=warnings)
     if experiment.specialist is not None and experiment.specialist.cache_states:
         assert start is not None
         below = digest_of([("chat_rows", model.chat_rows)], start.digest)         # all that the states depend on
@@ -226,27 +231,36 @@ def load_below(model: GPT, cascade: Cascade) -> None:
         model.chat_rows.data.copy_(model.base_chat_rows())
 
 
-def build_optimizer(experiment: Experiment, model: GPT, world: World, compute: Compute) -> DistMuonAdamW:
+def stage_column(experiment: Experiment, plan: Plan) -> dist.Group | None:
+    """The group of the ranks that train the same stages as this one; null without parallel.stages. Collective."""
+    columns = [plan.column(c) for c in range(len(plan.stages))]
+    return dist.column_group(columns, max(SAVE_TIMEOUT_S, experiment.runtime.timeout_s)) if columns else None
+
+
+def build_optimizer(experiment: Experiment, model: GPT, world: World, compute: Compute, plan: Plan | None = None,
+                    column: dist.Group | None = None) -> DistMuonAdamW:
+    """Of all that is trained; a `plan` with stages on different ranks says which of them train what."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = build_groups(params, experiment.optim, experiment.model.n_embd, experiment.batch.tokens_per_step,
                           scaling_parameters(experiment.model))
     return DistMuonAdamW(params, groups, world.rank, world.size, compute.dtype, experiment.runtime.numerics,
-                         shared_parameters(model))
+                         shared_parameters(model), None if plan is None else parameter_homes(experiment.model, plan),
+                         column)
 
 
 def build_loader(experiment: Experiment, tokenizer: Tokenizer, plan: Plan, world: World, checkpoint: Checkpoint | None,
                  lineage: Lineage) -> tuple[Loader, Lineage]:
     """The loader at the checkpoint's position, and the lineage with what resume.allow let change in the documents."""
-    step, position = 0, None
+    step, position, (group, stage_rank) = 0, None, plan.place(world.rank)
     if checkpoint is not None:
         step, position = checkpoint.step, stored(checkpoint, "position", dict)
     allowed = experiment.resume.allow
     may_change = [name for name, key in (("sources", "data.train"), ("seed", "seed")) if covers(allowed, key)]
     mixed_anew = any(key.startswith("data.train") for entry in lineage if entry["step"] == step
                      for key in entry["changed"])
-    loader = train_loader(experiment.data, tokenizer, plan, seed=experiment.seed, rank=world.rank, start_step=step,
+    loader = train_loader(experiment.data, tokenizer, plan, seed=experiment.seed, rank=group, start_step=step,
                           position=position, threads=torch.get_num_threads(), may_change=may_change, recount=mixed_anew,
-                          audit=Path(experiment.out) / AUDIT if experiment.logging.audit else None,
+                          audit=Path(experiment.out) / AUDIT if experiment.logging.audit and not stage_rank else None,
                           pinned=world.device.type == "cuda")
     if position is None:
         return loader, lineage

@@ -28,6 +28,7 @@ class Header:
     total_steps: int
     poe_mode: str
     new_layers: int = 0          # of the specialist that is trained, if one is
+    grid: str = ""               # which ranks run which stages, if not all run all
 
     def lines(self) -> list[str]:
         """The header as two plain lines: the experiment, the machine."""
@@ -35,6 +36,7 @@ class Header:
         if self.new_layers:
             mode = f"specialist of {self.new_layers} layers on {mode}"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        ranks += f" = {self.grid}" if self.grid else ""
         size = f"{self.parameters:,} parameters, {self.total_steps:,} steps"
         return [f"{self.name}: {mode}, {size}, config {self.config_hash[:12]}",
                 f"{self.device}, {ranks}, {self.dtype} ({self.dtype_reason})"]
@@ -147,6 +149,9 @@ def rates(line: dict[str, Any]) -> str:
         parts.append(f"MFU {100 * line['mfu']:.1f} %")
     if line.get("memory_bytes") is not None:
         parts.append(f"{line['memory_bytes'] / 2**30:.2f} GiB")
+    if line.get("idle"):
+        low, high = min(line["idle"]), max(line["idle"])
+        parts.append(f"ranks idle {100 * low:.0f}-{100 * high:.0f} %")
     if line.get("wait_seconds") and line["wait_seconds"] > NOTABLE_WAIT * line["seconds"]:
         parts.append(f"waits for rows {100 * line['wait_seconds'] / line['seconds']:.0f} %")
     return "  ".join(parts)

@@ -65,10 +65,10 @@ def evaluate(model: GPT, batches: Iterable[Tensor], token_bytes: np.ndarray | Te
         boundary = model.boundary_states(ids)                                       # K x (b, T, D)
         if observe is not None:
             observe(boundary, targets)
-        states, targets = [x.flatten(0, 1) for x in boundary], targets.flatten()
-        for start in range(0, targets.numel(), chunk_rows):
-            part = slice(start, start + chunk_rows)
-            _add_chunk(sums, model, [x[part] for x in states], targets[part], sizes, alphas)
+        sums["tokens"] += targets.numel()
+        counted = (targets != IGNORE) & (sizes[targets.clamp(min=0)] > 0)           # (b, T): no other needs a head
+        for part in counted.flatten().nonzero().flatten().split(chunk_rows):
+            _add_chunk(sums, model, [x.flatten(0, 1)[part] for x in boundary], targets.flatten()[part], sizes, alphas)
     _reduce(sums)
     if sums["stopped"].item():
         return {}
@@ -87,16 +87,11 @@ def _zero_sums(n_stages: int, n_specialists: int, n_alphas: int, device: torch.d
 def _add_chunk(sums: dict[str, Tensor], model: GPT, states: list[Tensor], targets: Tensor, sizes: Tensor,
                alphas: Sequence[float]) -> None:
     """Add the targets (c,) with the boundary states K x (c, D) before them to the sums."""
-    masked = targets == IGNORE
-    targets = targets.masked_fill(masked, 0)
-    size = sizes[targets].masked_fill(masked, 0)
-    counted = (size > 0).to(torch.float64)                                 # (c,)
-
     def add(name: str, index: int, per_target: Tensor) -> None:
-        sums[name][index] += (per_target * counted).sum()
+        sums[name][index] += per_target.to(torch.float64).sum()
 
     total = mean = torch.empty(0)
-    log_z = torch.zeros_like(counted)
+    log_z = torch.zeros_like(targets, dtype=torch.float64)
     K = model.layout.n_stages
     for k, x in enumerate(states[:K]):
         logp = model.stage_logits(x, k).log_softmax(-1)                    # (c, V)
@@ -118,9 +113,8 @@ def _add_chunk(sums: dict[str, Tensor], model: GPT, states: list[Tensor], target
         score = mean * K ** alpha
         add("alpha_nats", a, score.logsumexp(-1) - _pick(score, targets))
     add("diversity", 0, -log_z)                                            # nanopoe.model.pool.diversity
-    sums["tokens"] += targets.numel()
-    sums["targets"] += counted.sum()
-    sums["bytes"] += size.sum()
+    sums["targets"] += targets.numel()
+    sums["bytes"] += sizes[targets].sum()
 
 
 def _pick(scores: Tensor, targets: Tensor) -> Tensor:

@@ -56,8 +56,10 @@ def go_on(run: Run, watch: Watch, signals: Signals, status: Status) -> None:
         stop = step_ends(run, signals, saves)
         last = stop or run.step == total
         if last or due(run.step, experiment.checkpoint.every, total):
+            run.optimizer.spread()
             saves.save(position, wait=last)                      # before the evaluation, which could fail
         elif due(run.step, experiment.runtime.compare_every, total):
+            run.optimizer.spread()
             compare_ranks(run.optimizer, run.world)
         if due(run.step, experiment.evaluation.every, total):
             tell_data(run, position, watch)
@@ -92,10 +94,13 @@ def advance(run: Run, watch: Watch, warm: bool) -> dict[str, Any]:
     waited = time.perf_counter() - start
     dist.mark("forward/backward" if warm else "build", step)
     losses = train_step(run.model, run.optimizer, rows, run.step, experiment.objective, run.schedule, run.plan,
-                        run.world, report_pool=step % experiment.logging.pool_every == 0 or step == 1, keep=run.keep)
+                        run.world, report_pool=step % experiment.logging.pool_every == 0 or step == 1, keep=run.keep,
+                        pipe=run.pipe)
     run.tokens += losses.targets
     watch.train(report(run, losses, time.perf_counter() - start, waited))
     run.step = step
+    if run.pipe is not None and run.pipe.column > 0:             # the first of its data group tells where that stands
+        position = {**position, "lanes": {}}
     return position
 
 
@@ -148,7 +153,7 @@ def watch_of(run: Run) -> Watch:
         device=f"{run.world.device} {run.compute.device_name}",
         dtype=str(run.compute.dtype).removeprefix("torch."), dtype_reason=run.compute.reason, world_size=run.world.size,
         config_hash=config_hash(run.experiment), n_stages=run.model.layout.n_stages, total_steps=run.plan.total_steps,
-        poe_mode=m.poe_mode, new_layers=m.specialists[-1].n_layer if m.specialists else 0)
+        grid=run.plan.grid(), poe_mode=m.poe_mode, new_layers=m.specialists[-1].n_layer if m.specialists else 0)
     return Watch(run.folder, header, run.world, start_step=run.step, every=log.every, wandb_mode=log.wandb,
                  wandb_project=log.wandb_project, config=dump_experiment(run.experiment))
 
@@ -159,7 +164,7 @@ def report(run: Run, losses: Losses, seconds: float, waited: float) -> dict[str,
     tokens_per_s = run.plan.tokens_per_step / seconds
     flops = tokens_per_s * flops_per_token(run.experiment.model)
     muon_decay = next((b.group.weight_decay for b in run.optimizer.parcels if b.group.kind == "muon"), 0.0)
-    return {
+    line = {
         "step": run.step + 1, "tokens": run.tokens, "loss": losses.loss,
         "stage_loss": losses.stage_loss, "pool_loss": losses.pool_loss, "lr_scale": run.schedule.lr_scale(run.step),
         "momentum": run.schedule.momentum(run.step),
@@ -167,6 +172,9 @@ def report(run: Run, losses: Losses, seconds: float, waited: float) -> dict[str,
         "seconds": seconds, "wait_seconds": waited, "tokens_per_s": tokens_per_s,
         "mfu": flops / (run.compute.peak_flops * run.world.size), "memory_bytes": memory_bytes(run.world.device),
     }
+    if losses.idle is not None:
+        line["idle"] = [idle / seconds for idle in losses.idle]                   # of each rank, shares of the step
+    return line
 
 
 def evaluate_if_due(run: Run, watch: Watch, signals: Signals) -> bool:
@@ -178,6 +186,7 @@ def evaluate_if_due(run: Run, watch: Watch, signals: Signals) -> bool:
     if not due(run.step, every, run.plan.total_steps) or run.step in watch.evaluated:
         return True
     dist.mark("evaluate", run.step)
+    run.optimizer.spread()
     with dist.agree(run.world.device):
         batches = validation(run.experiment, run.tokenizer, run.world)
     result = evaluate(run.model, batches, run.tokenizer.token_bytes, stop=lambda: signals.asked)
