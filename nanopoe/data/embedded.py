@@ -22,13 +22,14 @@ from typing import Any
 
 from nanopoe.data.conversations import canonical, conversation_of
 from nanopoe.data.embedded_functions import Tool, standard_tools
-from nanopoe.data.embedded_tasks import READING, TASKS, WORDS, Draws, Inventive, unfit_request
+from nanopoe.data.embedded_reading import READING, Inventive, made_up_names
+from nanopoe.data.embedded_tasks import TASKS, Draws, listed, unfit_request
 from nanopoe.data.fields import Record, assistant, system, user
 from nanopoe.data.ingest import Raw
 
 FAMILY = 4                               # functions shown together at most
 # of each, at most
-TRIES = {"answered": 18, "called": 18, "at once": 9, "again": 6, "unfit": 12, "task": 150, "reading": 1500}
+TRIES = {"answered": 18, "called": 18, "at once": 9, "again": 6, "unfit": 12, "task": 150, "reading": 3000}
 _SYSTEM = ("",) * 8 + ("You are a helpful assistant.", "You are a careful assistant. Answer briefly.",
                        "Use a function where one helps.")
 _OPENING = ("",) * 20 + ("Hello! ", "Hi, one question. ", "Hey, ", "Good morning. ")
@@ -49,7 +50,7 @@ def _all(seed: int) -> Iterator[Raw]:
         group = "functions " + " ".join(tool.path for tool in family)
         for what, messages, shown in _of_family(seed, family):
             yield _raw(messages, shown, f"embedded {what}", group)
-    for kind, make in TASKS.items():
+    for kind, make in {**TASKS, **READING}.items():
         for i in range(TRIES["reading" if kind in READING else "task"]):
             draws = (Inventive if kind in READING else Draws)(seed, "task", kind, i)
             task = make(draws)
@@ -89,9 +90,8 @@ def _begin(seed: int, what: str, names: str, i: int, family: list[Tool]) -> tupl
     if i % 3 == 0:
         return Draws(seed, what, names, i), family
     draws = Inventive(seed, what, names, i)
-    made = draws.some(WORDS, 2 * len(family))
-    return draws, [replace(tool, schema={**tool.schema, "name": "_".join(made[2 * at:2 * at + draws.integer(1, 2)])})
-                   for at, tool in enumerate(family)]
+    names_made = iter(made_up_names(draws, len(family)))
+    return draws, [replace(tool, schema={**tool.schema, "name": next(names_made)}) for tool in family]
 
 
 def _raw(messages: list[Record], tools: list[Tool], where: str, group: str) -> Raw:
@@ -140,17 +140,17 @@ def _asked_again(draws: Draws, tool: Tool) -> list[Record]:
     """A second question with other values, about the same."""
     messages = _one_call(draws, tool)
     arguments = tool.arguments(draws)
-    follow = draws.one(("And with {}?", "Now the same with {}.", "What about {}?")).format(_listed(arguments))
+    follow = draws.one(("And with {}?", "Now the same with {}.", "What about {}?")).format(listed(arguments))
     return [*messages, user(follow), *_answered(draws, [(tool, arguments)])]
 
 
 def _no_tool_fits(draws: Draws, shown: list[Tool]) -> list[Record]:
     names = [tool.name for tool in shown]
-    listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-    answer = draws.one((f"I cannot do that: none of the functions I have fits. I can only call {listed}.",
-                        f"That is beyond the functions I was given, {listed}.",
-                        f"None of my functions can do that. What I have is {listed}.",
-                        f"Sorry, I have no function for that, only {listed}."))
+    had = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    answer = draws.one((f"I cannot do that: none of the functions I have fits. I can only call {had}.",
+                        f"That is beyond the functions I was given, {had}.",
+                        f"None of my functions can do that. What I have is {had}.",
+                        f"Sorry, I have no function for that, only {had}."))
     return [*_first(draws, unfit_request(draws)), assistant(answer)]
 
 
@@ -179,18 +179,12 @@ _VERBS = {"add", "build", "calculate", "check", "collapse", "compare", "compile"
 def _request(draws: Draws, tool: Tool, arguments: dict[str, Any]) -> str:
     """In words of the docstring, or by the name of the function; with all values the call needs."""
     task = tool.sentence.rstrip(".")
-    given = f" with {_listed(arguments)}" if arguments else ""
+    given = f" with {listed(arguments)}" if arguments else ""
     named = (f"Call {tool.name}{given}.", f"Please run {tool.name}{given}.", f"What does {tool.name} give{given}?")
     small = task[0].lower() + task[1:]
     if task.split()[0].lower() not in _VERBS:
         return draws.one((*named, f'There is a function described as "{task}". Call it{given}.',
                           f'I need this: "{task}". Do it{given}.'))
-    values = f" {_listed(arguments, ' is ')}." if arguments else ""
+    values = f" {listed(arguments, ' is ')}." if arguments else ""
     return draws.one((*named[:2], f"{task}.{values}", f"Please {small}.{values}", f"I need you to {small}.{values}",
                       f"Can you {small}?{values}"))
-
-
-def _listed(arguments: dict[str, Any], equals: str = " = ") -> str:
-    """`x = 3 and y = "a"`, the values as JSON."""
-    parts = [f"{name}{equals}{json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items()]
-    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from nanopoe.data.order import key64, unit
 
@@ -35,25 +35,6 @@ class Draws:
         return [left.pop(self.integer(0, len(left) - 1)) for _ in range(n)]
 
 
-class Inventive(Draws):
-    """Draws that make up a word wherever one of WORDS is asked for: who is to write it again must have read it."""
-
-    def one(self, choices: Sequence[T]) -> T:
-        return self.word() if choices is WORDS else super().one(choices)                  # type: ignore[return-value]
-
-    def some(self, choices: Sequence[T], n: int) -> list[T]:
-        if choices is not WORDS:
-            return super().some(choices, n)
-        made: dict[str, None] = {}
-        while len(made) < n:
-            made[self.word()] = None
-        return list(made)                                                                 # type: ignore[arg-type]
-
-    def word(self) -> str:
-        """Two or three syllables: "trelomi"."""
-        return "".join(super(Inventive, self).one(part) for _ in range(self.integer(2, 3)) for part in _SYLLABLE)
-
-
 class Task(NamedTuple):
     question: str
     answer: str
@@ -69,11 +50,15 @@ WORDS = ("amber", "anchor", "apple", "basket", "bridge", "candle", "canyon", "ca
          "paper", "pebble", "pepper", "pillow", "planet", "pocket", "prairie", "quartz", "radar", "river", "rocket",
          "saddle", "salt", "shadow", "silver", "spring", "stone", "summer", "table", "temple", "thunder", "timber",
          "tulip", "valley", "velvet", "violet", "walnut", "water", "willow", "window", "winter", "wonder", "yellow")
-_SYLLABLE = (("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gl", "kr", "pl", "sk",
-              "st", "tr"), ("a", "e", "i", "o", "u"), ("", "", "", "l", "n", "r", "s"))
 CITIES = ("Accra", "Bergen", "Cusco", "Dakar", "Graz", "Hanoi", "Izmir", "Kyoto", "Lima", "Lyon", "Oslo", "Porto",
           "Quito", "Riga", "Seoul", "Tunis", "Utrecht", "Vilnius")
 THINGS = ("apples", "books", "candles", "coins", "cups", "pencils", "shells", "stamps", "stickers", "tickets")
+
+
+def listed(arguments: dict[str, Any], equals: str = " = ") -> str:
+    """`x = 3 and y = "a"`, the values as JSON."""
+    parts = [f"{name}{equals}{json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items()]
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------
@@ -99,19 +84,19 @@ def _remainder(draws: Draws) -> Task:
 
 def _sum_of_list(draws: Draws) -> Task:
     numbers = [draws.integer(1, 99) for _ in range(draws.integer(3, 5))]
-    listed = ", ".join(map(str, numbers))
-    question = draws.one((f"Add up {listed}.", f"What is the sum of {listed}?"))
-    return Task(question, f"{' + '.join(map(str, numbers))} = {sum(numbers)}", f"sum {listed}")
+    terms = ", ".join(map(str, numbers))
+    question = draws.one((f"Add up {terms}.", f"What is the sum of {terms}?"))
+    return Task(question, f"{' + '.join(map(str, numbers))} = {sum(numbers)}", f"sum {terms}")
 
 
 def _average(draws: Draws) -> Task:
     numbers = [draws.integer(1, 60) for _ in range(draws.one((2, 4, 5)))]
-    listed, total = ", ".join(map(str, numbers)), sum(numbers)
+    terms, total = ", ".join(map(str, numbers)), sum(numbers)
     mean = Fraction(total, len(numbers))
     shown = str(mean.numerator) if mean.denominator == 1 else f"{float(mean):g}"     # halves, quarters, fifths: exact
-    question = draws.one((f"What is the average of {listed}?", f"Find the mean of these numbers: {listed}."))
+    question = draws.one((f"What is the average of {terms}?", f"Find the mean of these numbers: {terms}."))
     return Task(question, f"The sum is {' + '.join(map(str, numbers))} = {total}. The average is "
-                          f"{total} / {len(numbers)} = {shown}.", f"mean {listed}")
+                          f"{total} / {len(numbers)} = {shown}.", f"mean {terms}")
 
 
 def _percent(draws: Draws) -> Task:
@@ -198,52 +183,10 @@ def _replace(draws: Draws) -> Task:
                 f"replace {old} {new} {text}")
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-# What a call needs besides its form: to find a name or a value in the text and to write it again, letter by letter.
-
-def _value(draws: Draws) -> str | int:
-    return draws.integer(2, 9999) if draws.integer(0, 2) == 0 else " ".join(draws.some(WORDS, draws.integer(1, 3)))
-
-
-def _repeat(draws: Draws) -> Task:
-    text = " ".join(str(_value(draws)) for _ in range(draws.integer(2, 9)))
-    question = draws.one((f"Repeat: {text}", f'Say "{text}" again.', f"Write this once more: {text}"))
-    return Task(question, text, f"repeat {text}")
-
-
-def _as_json(draws: Draws) -> Task:
-    values = {name: _value(draws) for name in draws.some(WORDS, draws.integer(2, 6))}
-    listed = ", ".join(f"{name} is {json.dumps(value)}" for name, value in values.items())
-    question = draws.one((f"Write as JSON: {listed}", f"{listed}. Make that a JSON object."))
-    return Task(question, json.dumps(values), f"json {listed}")
-
-
-def _look_up(draws: Draws) -> Task:
-    values = {name: _value(draws) for name in draws.some(WORDS, draws.integer(3, 7))}
-    text, names = json.dumps(values), draws.some(list(values), draws.integer(1, 3))
-    question = draws.one((f"{text}\nGive me {', '.join(names)} of that.", f"Take {', '.join(names)} from {text}."))
-    return Task(question, json.dumps({name: values[name] for name in names}), f"look up {names} {text}")
-
-
-def _choose(draws: Draws) -> Task:
-    names = ["_".join(draws.some(WORDS, draws.integer(1, 3))) for _ in range(draws.integer(2, 5))]
-    wanted = draws.one(names)
-    question = draws.one((f"Of {', '.join(names)}: which begins with {wanted[:4]}?",
-                          f"{', '.join(names)}. Give me the one that ends in {wanted[-4:]}."))
-    by_start = question.startswith("Of")
-    same = [name for name in names if (name[:4] == wanted[:4] if by_start else name[-4:] == wanted[-4:])]
-    return Task(question, wanted, f"choose {question}") if len(set(same)) == 1 else _choose(draws)
-
-
-READING: dict[str, Callable[[Draws], Task]] = {
-    "repeat": _repeat, "as json": _as_json, "look up": _look_up, "choose": _choose}
-
 TASKS: dict[str, Callable[[Draws], Task]] = {
     "two numbers": _two_numbers, "remainder": _remainder, "sum": _sum_of_list, "average": _average, "percent": _percent,
     "bags": _bags, "change": _change, "minutes": _minutes, "reverse": _reverse, "count letter": _count_letter,
-    "sort words": _sort_words, "initials": _initials, "longest": _longest, "case": _case, "replace": _replace,
-    **READING}
+    "sort words": _sort_words, "initials": _initials, "longest": _longest, "case": _case, "replace": _replace}
 
 
 # -- what no function does --------------------------------------------------------------------------------------------

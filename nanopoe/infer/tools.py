@@ -59,7 +59,8 @@ def case_of(conversation: Conversation, where: str) -> Case:
 
 
 def cases_of(texts: Iterable[str], name: str, limit: int | None = None) -> tuple[list[Case], list[Case]]:
-    """(with tools, arithmetic): conversations with tools; those without whose reference ends in a number.
+    """(with tools, arithmetic): conversations with tools; those without whose reference ends in a number that the
+    question does not have, since to repeat one is no arithmetic.
 
     `limit` takes the first so many of each. DataError for a text that is no conversation.
     """
@@ -68,8 +69,9 @@ def cases_of(texts: Iterable[str], name: str, limit: int | None = None) -> tuple
     for ordinal, text in enumerate(texts):
         where = f"{name} conversation {ordinal}"
         case = case_of(parse_conversation(text, where), where)
-        kept = with_tools if case.tools else arithmetic
-        if (case.tools or final_number(case.answer.content) is not None) and (limit is None or len(kept) < limit):
+        kept, number = (with_tools if case.tools else arithmetic), final_number(case.answer.content)
+        computed = number is not None and number not in numbers_in(case.prompt.messages[-1].content)
+        if (case.tools or computed) and (limit is None or len(kept) < limit):
             kept.append(case)
     return with_tools, arithmetic
 
