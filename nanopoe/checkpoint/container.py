@@ -104,7 +104,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"is no safetensors file: {str(error)[:80]}", path, "use another step") from error
+        raise CheckpointError(f"is no safetensors file: {str(error)[:80]}", path, "use another step or copy") from error
     return found
 
 
@@ -125,7 +125,8 @@ def read_rows(path: Path, stored: Stored, low: int, high: int) -> Tensor:
             while len(view):
                 count = file.readinto(view)
                 if not count:
-                    raise CheckpointError("ends too early", path, "it was cut while it was read; use another step")
+                    raise CheckpointError("ends too early", path,
+                                          "it was cut while it was read; use another step or copy")
                 view = view[count:]
     except OSError as error:
         raise unreadable(path, error) from error

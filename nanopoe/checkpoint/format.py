@@ -112,11 +112,11 @@ def read_limited(path: Path) -> bytes:
         with open(path, "rb") as file:
             raw = file.read(JSON_LIMIT + 1)
     except FileNotFoundError:
-        raise CheckpointError("missing", path, "use another step") from None
+        raise CheckpointError("missing", path, "use another step or copy") from None
     except OSError as error:
         raise unreadable(path, error) from error
     if len(raw) > JSON_LIMIT:
-        raise CheckpointError(f"larger than {JSON_LIMIT >> 20} MiB", path, "use another step")
+        raise CheckpointError(f"larger than {JSON_LIMIT >> 20} MiB", path, "use another step or copy")
     return raw
 
 
@@ -137,9 +137,9 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
         if level:
             raise ValueError(f"nested deeper than {JSON_DEPTH}")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not valid JSON: {str(error)[:80]}", path, "use another step") from error
+        raise CheckpointError(f"not valid JSON: {str(error)[:80]}", path, "use another step or copy") from error
     if not isinstance(value, dict):
-        raise CheckpointError("not a JSON object", path, "use another step")
+        raise CheckpointError("not a JSON object", path, "use another step or copy")
     return value
 
 
@@ -155,9 +155,9 @@ def open_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a step folder, and the sizes of its files. CheckpointError names what is wrong."""
     path = folder / MANIFEST
     if not stat.S_ISDIR(look(folder).st_mode):
-        raise CheckpointError("not a folder, or a link to one", folder, "use another step")
+        raise CheckpointError("not a folder, or a link to one", folder, "use another step or copy")
     if not stat.S_ISREG(look(path).st_mode):
-        raise CheckpointError("is a link or no file", path, "use another step")
+        raise CheckpointError("is a link or no file", path, "use another step or copy")
     raw = read_limited(path)
     value = parse_json(raw, path)
     if value.get("format") != FORMAT or value.get("version") != VERSION:
@@ -165,12 +165,12 @@ def open_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"format {shown[0]!a} version {shown[1]} is not {FORMAT} version {VERSION}", path,
                               "use the nanopoe that wrote it")
     if seal(value) != value or json.dumps(value, sort_keys=True).encode() + b"\n" != raw:
-        raise CheckpointError("does not match its seal", path, "it was altered; use another step")
+        raise CheckpointError("does not match its seal", path, "it was altered; use another step or copy")
     try:
         manifest = parse_manifest(value)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"malformed: {what}", path, "use another step") from error
+        raise CheckpointError(f"malformed: {what}", path, "use another step or copy") from error
     check_sizes(folder, manifest)
     return manifest
 
@@ -255,10 +255,11 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
         path = folder / name
         found = look(path)
         if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError("is a link or no file: it lies outside of the checkpoint", path, "use another step")
+            raise CheckpointError("is a link or no file: it lies outside of the checkpoint", path,
+                                  "use another step or copy")
         if found.st_size != size:
             raise CheckpointError(f"has {found.st_size} bytes, the manifest says {size}", path,
-                                  "the file was cut or changed; use another step")
+                                  "the file was cut or changed; use another step or copy")
 
 
 def look(path: Path) -> os.stat_result:
@@ -266,7 +267,7 @@ def look(path: Path) -> os.stat_result:
     try:
         return os.lstat(path)
     except FileNotFoundError:
-        raise CheckpointError("missing", path, "use another step") from None
+        raise CheckpointError("missing", path, "use another step or copy") from None
     except OSError as error:
         raise unreadable(path, error) from error
 
