@@ -29,7 +29,7 @@ quickstart: $(READY)
 	bash runs/quickstart.sh
 
 test: $(READY)
-	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow

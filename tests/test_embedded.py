@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanopoe.data.conversations import Conversation, canonical, parse_conversation
-from nanopoe.data.embedded import FAMILY, embedded_conversations
+from nanopoe.data.embedded import FAMILY
 from nanopoe.data.embedded_functions import PURE, standard_tools
+from nanopoe.data.embedded_reading import READING
 from nanopoe.data.embedded_tasks import TASKS, WORDS, Draws
 from nanopoe.data.greetings import greeting_copies
 from nanopoe.data.ingest import Raw
@@ -28,38 +30,34 @@ Pair = tuple[Raw, Conversation]
 
 
 @pytest.fixture(scope="module")
-def raws() -> list[Raw]:
-    return list(embedded_conversations())
-
-
-@pytest.fixture(scope="module")
-def pairs(raws: list[Raw]) -> list[Pair]:
-    return [(raw, parse_conversation(raw.text, raw.where)) for raw in raws]
+def pairs(embedded: list[Raw]) -> list[Pair]:
+    return [(raw, parse_conversation(raw.text, raw.where)) for raw in embedded]
 
 
 def digest(raws: list[Raw]) -> str:
     return hashlib.sha256("\n".join(f"{raw.text}\0{raw.group}" for raw in raws).encode()).hexdigest()
 
 
-def test_thousands_of_distinct_canonical_conversations(raws: list[Raw], pairs: list[Pair]) -> None:
-    assert len(raws) >= 5000
-    assert len({raw.text for raw in raws}) == len(raws)
+def test_thousands_of_distinct_canonical_conversations(embedded: list[Raw], pairs: list[Pair]) -> None:
+    assert len(embedded) >= 5000
+    assert len({raw.text for raw in embedded}) == len(embedded)
     assert all(canonical(conversation, "x") == raw.text for raw, conversation in pairs)
-    what = Counter(raw.where.split()[1] for raw in raws)
+    what = Counter(raw.where.split()[1] for raw in embedded)
     assert min(what[kind] for kind in ("answered", "called", "at", "again", "unfit")) >= 100
     assert min(what[kind.split()[0]] for kind in TASKS) >= 100
-    assert sum(len(list(greeting_copies(iter([raw])))) == 2 for raw in raws[:500]) > 50
+    assert sum(len(list(greeting_copies(iter([raw])))) == 2 for raw in embedded[:500]) > 50
 
 
-def test_they_are_the_same_every_time(raws: list[Raw]) -> None:
-    code = ("from tests.test_embedded import digest; from nanopoe.data.embedded import embedded_conversations as e; "
-            "print(digest(list(e())), digest(list(e(1))))")
+def test_they_are_the_same_every_time(embedded: list[Raw]) -> None:
+    code = ("from itertools import islice; from tests.test_embedded import digest; "
+            "from nanopoe.data.embedded import embedded_conversations as e; "
+            "print(digest(list(e())), digest(list(islice(e(1), 500))))")
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
                              check=True)
     first, second = process.stdout.split()
-    assert first == digest(raws)
-    assert second != first                                                   # control
+    assert first == digest(embedded)
+    assert second != digest(embedded[:500])                                                 # control
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------
@@ -153,7 +151,7 @@ def test_a_function_belongs_to_one_group(pairs: list[Pair]) -> None:
 
 
 def test_made_up_names_are_read_not_known(pairs: list[Pair]) -> None:
-    """Two of three conversations with tools have them, and hardly one comes twice; those of functions come often."""
+    """Two of three conversations with tools have them, and few come twice; those of functions come often."""
     real = {tool.name for tool in standard_tools()}
     with_tools = [{tool.name for tool in conversation.tools} for _, conversation in pairs if conversation.tools]
     made = [names for names in with_tools if not names & real]
@@ -161,7 +159,7 @@ def test_made_up_names_are_read_not_known(pairs: list[Pair]) -> None:
     assert 0.6 < len(made) / len(with_tools) < 0.73
     counts = Counter(name for names in made for name in names)
     usual = Counter(name for names in with_tools for name in names & real)
-    assert len(counts) > 0.95 * counts.total() and len(usual) < 0.1 * usual.total()
+    assert len(counts) > 0.85 * counts.total() and len(usual) < 0.1 * usual.total()
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------
@@ -236,12 +234,37 @@ def chosen(question: str) -> str:
                 if (name.startswith(part) if "begins" in rest else name.endswith(part)))
 
 
-def pairs_in(question: str) -> dict[str, str | int]:
-    return {name: json.loads(value) for name, value in re.findall(r'(\w+) is ("[^"]*"|\d+)', question)}
+def pairs_in(question: str) -> dict[str, Any]:
+    """`a is 3, b = "x" and c = [1]` behind "Write as JSON: " or at the beginning."""
+    text, found = question.rpartition("Write as JSON: ")[2], {}
+    while name := re.match(r"(?:, | and )?(\w+)(?: is | = )", text):
+        value, end = json.JSONDecoder().raw_decode(text, name.end())
+        found[name[1]], text = value, text[end:]
+    return found
+
+
+def repeated(question: str) -> str:
+    if question.startswith('Say "'):
+        return question.removeprefix('Say "').removesuffix('" again.')
+    return question.partition(": ")[2]
+
+
+def described(question: str) -> str:
+    """The name that stands with the description that is asked for."""
+    listed, _, asked = question.rpartition("\n\n")
+    if listed.startswith("["):
+        things = {thing["name"]: thing["description"] for thing in json.loads(listed)}
+    elif listed.startswith("{"):
+        things = {thing["name"]: thing["description"] for thing in map(json.loads, listed.splitlines())}
+    else:
+        things = dict(line.split(": ", 1) for line in listed.splitlines())
+    small = re.search(r'(?:as "|named |name: )(.*?)[.?"]', asked)[1].lower()         # type: ignore[index]
+    (name,) = (name for name, text in things.items() if text.lower() == f"{small}.")
+    return name
 
 
 def asked_for(question: str) -> list[str]:
-    return re.search(r"(?:Give me|Take) ([a-z, ]+) (?:of that|from)", question)[1].split(", ")  # type: ignore[index, no-any-return]
+    return re.search(r"(?:Give me|Take) ([\w, ]+) (?:of that|from)", question)[1].split(", ")  # type: ignore[index, no-any-return]
 
 
 def without_opening(question: str) -> str:
@@ -249,9 +272,9 @@ def without_opening(question: str) -> str:
 
 
 TEXT: dict[str, Callable[[str], str]] = {
-    "repeat": lambda q: quoted(q)[0] if '"' in q else q.partition(": ")[2],
-    "as json": lambda q: json.dumps(pairs_in(q)),
-    "look up": lambda q: json.dumps({name: braced(q)[name] for name in asked_for(q)}),
+    "repeat": lambda q: repeated(without_opening(q)),
+    "as json": lambda q: json.dumps(pairs_in(without_opening(q)), ensure_ascii=False),
+    "look up": lambda q: json.dumps({name: braced(q)[name] for name in asked_for(q)}, ensure_ascii=False),
     "choose": lambda q: chosen(without_opening(q)),
     "reverse": lambda q: "".join(reversed(quoted(q)[0])),
     "count letter": lambda q: str(sum(letter == quoted(q)[0] for letter in quoted(q)[1])),
@@ -270,17 +293,25 @@ def test_text_tasks_are_right(pairs: list[Pair], kind: str) -> None:
         assert answer == TEXT[kind](question), question
 
 
+def test_names_by_their_descriptions_are_right(pairs: list[Pair]) -> None:
+    found = of_kind(pairs, "described")
+    assert len(found) >= 1000
+    for question, answer in found:
+        name = described(without_opening(question))
+        assert answer in (name, json.dumps({"name": name})), question
+
+
 def test_every_task_is_checked() -> None:
-    assert {"two numbers", *ARITHMETIC, *TEXT} == set(TASKS)
+    assert {"two numbers", "described", *ARITHMETIC, *TEXT} == {*TASKS, *READING}
     assert len(set(WORDS)) == len(WORDS)
 
 
-def test_one_problem_is_in_one_group(raws: list[Raw]) -> None:
+def test_one_problem_is_in_one_group(embedded: list[Raw]) -> None:
     groups: dict[str, set[str | None]] = {}
     for i in range(3000):
         task = TASKS["two numbers"](Draws(0, "worded", i))
         a, sign, b = re.search(r"(\d+) (\S+) (\d+)", task.question).groups()           # type: ignore[union-attr]
         groups.setdefault(f"{a} {WORDED.get(sign, sign)} {b}", set()).add(task.problem)
     assert {len(found) for found in groups.values()} == {1}
-    tasks = [raw for raw in raws if raw.group is not None and raw.group.startswith("task ")]
+    tasks = [raw for raw in embedded if raw.group is not None and raw.group.startswith("task ")]
     assert len({raw.group for raw in tasks}) > 0.9 * len(tasks)              # control: not all in one

@@ -5,7 +5,6 @@ Most commands run in this process, by their `main`: there are many, and a proces
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import shutil
@@ -30,10 +29,10 @@ from nanopoe.infer.speculative import Speculative
 from nanopoe.infer.text import chat_ids, pieces, prompt_ids
 from nanopoe.model import GPT
 from nanopoe.tokenizer import Tokenizer
-from nanopoe.train import loop
+from nanopoe.train import loop, trajectory
+from tests.commands import ROOT, Done, call, refused, write_yaml
 from tests.models import three_stages
 from tests.ranks import experiment_dict
-from tests.test_cli import ROOT, Done, call, refused, write_yaml
 from tests.test_specialist import specialist_dict
 
 STEPS = 8
@@ -55,18 +54,6 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Command = Callable[..., Done]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """command(script, *arguments): its main, here."""
-    def here(script: str, *arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", [f"scripts.{script}", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            importlib.import_module(f"scripts.{script}").main()
-        return Done(left.value.code, *capsys.readouterr())               # type: ignore[arg-type]
-
-    return here
 
 
 @pytest.fixture
@@ -203,8 +190,10 @@ def test_calibration_lives_in_the_evaluation_record(runs: Path, tmp_path: Path) 
     assert json.loads(evaluation_path(tmp_path, STEPS).read_text()) == record      # the rest stays
 
 
-def test_calibrate_takes_its_options(runs: Path, command: Command, tmp_path: Path) -> None:
+def test_calibrate_takes_its_options(runs: Path, command: Command, tmp_path: Path,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(runs / "raw", tmp_path / "run")
+    monkeypatch.setattr(trajectory, "MODE_TOKENS", 6)
 
     def calibrated(*options: str) -> dict:
         return told(command("calibrate", tmp_path / "run", "--tokens", "512", "--json", *options))

@@ -5,7 +5,6 @@ The test holds the store as torchrun's agent does, so that two ranks cost a frac
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
@@ -25,6 +24,7 @@ from nanopoe.dist import World, roll
 from nanopoe.dist.roll import Record, Roll, State
 from nanopoe.errors import PeerError, entrypoint
 from nanopoe.train import signals
+from tests.ranks import forked
 
 HERE = Record(1, 12, "forward/backward", 5, 40, False, "node", "m", 77, "1")
 WAITS = replace(HERE, waiting=True, entered=41)
@@ -147,7 +147,7 @@ def test_processes_of_this_machine() -> None:
     if not here or own is None:
         pytest.skip("needs /proc")
     mine = replace(HERE, machine=here, pid=os.getpid(), born=own[1])
-    child = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=[60])
+    child = forked().Process(target=time.sleep, args=[60])
     child.start()
     assert child.pid is not None
     theirs = replace(mine, pid=child.pid, born=(roll.process(child.pid) or ("", ""))[1])
@@ -203,8 +203,7 @@ def live(function: Callable[..., Any], *args: Any, folder: Path, size: int = 2, 
     port = store.port
     if not agent:
         del store                                                      # rank 0 is to hold it at that port
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "nanopoe.dist"])
+    context = forked()
     begin = time.monotonic()
     ranks = [context.Process(target=_live, args=(function, r, size, port, agent, timeout_s, str(folder), args))
              for r in range(size if start is None else start)]

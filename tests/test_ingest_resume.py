@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -26,6 +25,7 @@ from nanopoe.data.partial import JOURNAL, partial_of
 from nanopoe.data.parts import merge_all, merge_parts, part_folder
 from nanopoe.data.write import write_dataset
 from nanopoe.errors import ConfigError, DataError, StorageError
+from tests.ranks import forked
 
 OPTIONS = WriteOptions(val_share=0.1, max_chars=300, min_chars=20, dedup=True, shard_bytes=60_000, skip_bad=99)
 
@@ -74,9 +74,7 @@ def _ingest(inputs: Path, out: Path, workers: int) -> None:
 
 
 def started(inputs: Path, out: Path, workers: int = 1) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_ingest, args=(inputs, out, workers))
+    process = forked().Process(target=_ingest, args=(inputs, out, workers))
     process.start()
     return process
 

@@ -81,6 +81,10 @@ def test_hashes_are_frozen():
     assert key64(1, "documents", "s", 0, 2) == 9107767785342831610        # as of packer version 1
     assert permutation(7, 8) == [3, 4, 0, 7, 5, 1, 2, 6]
     assert unit(7, 3) == 0.033311053770689214
+    keys = np.array([0, 5, 2**63, 2**64 - 1], dtype=np.uint64)
+    for counter in (0, 1, 10**6):                                            # the one number's form, and the array's
+        words = splitmix64(keys + np.uint64(counter))
+        assert [unit(int(key), counter) for key in keys] == [int(word >> np.uint64(11)) / 2**53 for word in words]
 
 
 def test_hash_is_uniform():

@@ -41,7 +41,7 @@ from nanopoe.data.shards import CONVERSATION, Source, open_source
 from nanopoe.errors import DataError
 from nanopoe.tokenizer import SPECIALS as TOKENIZER_SPECIALS
 from nanopoe.tokenizer import Tokenizer
-from tests.test_conversations import F, G, call, function, result, says, user
+from tests.records import F, G, call, function, result, says, user
 
 GOLDEN = Path(__file__).with_name("golden_conversations.json")
 TEMPLATE = Path(__file__).parents[1] / "nanopoe/export/hub_code/chat_template.jinja"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,10 +26,10 @@ from nanopoe.report.runs import RunStory, load_run
 from nanopoe.report.tables import evaluation_markdown, evaluation_rows, source_rows
 from nanopoe.report.tools import tools_record as checked_tools
 from nanopoe.report.write import plots_of, write_report
+from tests.commands import Done
 from tests.ranks import experiment_dict
 from tests.reports import record, specialist_record, tools_record, write_run
 from tests.rows import chat_shards, write
-from tests.test_cli import Done
 from tests.test_report_plots import curve, drawn, legend, overlaps  # noqa: F401
 from tests.test_specialist import ALONE, specialist_dict, stage, train
 from tests.test_tools import LEARNED
@@ -276,17 +274,6 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(ALONE, specialist_dict(data, folder / "stage", folder / "base",
                                  **{**CHAT, **sources, **last, "evaluation.every": 4}))
     return folder
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    def here(script: str, *arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", [f"scripts.{script}", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            importlib.import_module(f"scripts.{script}").main()
-        return Done(left.value.code, *capsys.readouterr())               # type: ignore[arg-type]
-
-    return here
 
 
 def test_a_specialist_from_training_to_the_page(trained: Path, command: Callable[..., Done]) -> None:

@@ -17,8 +17,8 @@ from nanopoe.checkpoint import commit as committing
 from nanopoe.dist import World
 from nanopoe.errors import PeerError, StorageError
 from nanopoe.optim import DistMuonAdamW
+from tests.checkpoints import ALONE, filled, position_of, target_of
 from tests.ranks import run_ranks
-from tests.test_checkpoint import ALONE, filled, position_of, target_of
 from tests.test_optim import groups, parameters
 
 

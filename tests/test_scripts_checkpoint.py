@@ -15,8 +15,8 @@ import torch
 
 from nanopoe.checkpoint import Checkpoint, folder_of, save_checkpoint
 from nanopoe.checkpoint.container import read_header
+from tests.checkpoints import ALONE, MODEL, filled, flip, position_of, saved_by, target_of
 from tests.ranks import run_ranks
-from tests.test_checkpoint import ALONE, MODEL, filled, flip, position_of, saved_by, target_of
 from tests.test_optim import parameters
 
 Call = Callable[..., tuple[int, str, str]]

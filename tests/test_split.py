@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nanopoe.data import embedded
 from nanopoe.data.filters import WriteOptions
 from nanopoe.data.greetings import GREETINGS
 from nanopoe.data.ingest import Bad, Origin, Raw, Unit
@@ -110,7 +111,12 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Origin:
 
 
 @pytest.mark.parametrize("source", ["chats", "embedded"])
-def test_no_copy_of_a_training_conversation_is_in_val(source: str, chats: Origin, tmp_path: Path) -> None:
+def test_no_copy_of_a_training_conversation_is_in_val(source: str, chats: Origin, tmp_path: Path,
+                                                      request: pytest.FixtureRequest,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    if source == "embedded":                                                 # made once, not for every reading
+        made = request.getfixturevalue("embedded")
+        monkeypatch.setattr(embedded, "embedded_conversations", lambda: iter(made))
     origin = chats if source == "chats" else chat_origin("embedded", None, None)
     options = CHATS if source == "chats" else replace(CHATS, shard_bytes=1 << 20)
     manifest = write_dataset(origin, tmp_path / "d", options)

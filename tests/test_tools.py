@@ -14,7 +14,7 @@ import torch
 
 from nanopoe.config.schema import ObjectiveConfig
 from nanopoe.data.conversations import Conversation, conversation_of
-from nanopoe.data.embedded import embedded_conversations
+from nanopoe.data.ingest import Raw
 from nanopoe.data.render import ONE_LINE, SPECIALS, encode_pieces, pieces, render_prompt
 from nanopoe.data.shards import CONVERSATION
 from nanopoe.errors import ConfigError
@@ -37,9 +37,9 @@ from nanopoe.infer.tools import (
 from nanopoe.model import GPT
 from nanopoe.model.stages import backward_stages
 from nanopoe.tokenizer import Tokenizer
+from tests.commands import Done, call, refused, write_yaml
 from tests.ranks import experiment_dict, model_config
 from tests.rows import write
-from tests.test_cli import Done, call, refused, write_yaml
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})
 WEATHER = {"name": "weather", "parameters": {"type": "object", "required": ["city"], "properties": {
@@ -168,9 +168,9 @@ def test_numbers() -> None:
     assert not exact("42 or 43", "42") and not exact("", "42") and not exact("-42", "42")
 
 
-def test_the_embedded_references_are_perfect() -> None:
+def test_the_embedded_references_are_perfect(embedded: list[Raw]) -> None:
     """What the data answers is right by every count, and nothing in it is made up."""
-    texts = [raw.text for i, raw in enumerate(embedded_conversations()) if i % 23 == 0]
+    texts = [raw.text for raw in embedded[::23]]
     with_tools, arithmetic = cases_of(texts, "embedded")
     assert len(with_tools) > 150 and len(arithmetic) > 40
     judged = [judge(one, BYTES, reply_of(one), True) for one in with_tools]

@@ -107,16 +107,17 @@ def test_strict_numerics_walk_over_world_sizes(data: Path, tmp_path: Path) -> No
     twelve = {"batch.device_batch_size": 1, "batch.tokens_per_step": 32 * 12, "data.lanes": 12,
               "evaluation.every": None, "checkpoint.every": 2}
     strict = {**twelve, "runtime.numerics": "strict"}
-    run_ranks(train, 1, experiment_dict(data, tmp_path / "alone", **strict))
-    for name, changes in (("walk", strict), ("fast", twelve)):
-        run_ranks(train, 1, experiment_dict(data, tmp_path / name, **changes))
-        for step, size in ((2, 3), (4, 4), (6, 2)):
-            whole = tmp_path / f"{name}{step}"
-            (tmp_path / name).rename(whole)
-            interrupted_at(whole, step, tmp_path / name)
-            assert run_ranks(train, size, experiment_dict(data, tmp_path / name, **changes)) == [8] * size
-    assert digest(tmp_path / "walk", 8) == digest(tmp_path / "alone", 8)
-    assert digest(tmp_path / "fast", 8) != digest(tmp_path / "alone", 8)                    # control
+    train(ALONE, experiment_dict(data, tmp_path / "alone", **strict))
+    before = tmp_path / "alone"
+    for step, size in ((2, 3), (4, 4), (6, 2)):
+        walk = tmp_path / f"from{step}"
+        interrupted_at(before, step, walk)
+        assert run_ranks(train, size, experiment_dict(data, walk, **strict)) == [8] * size
+        before = walk
+    assert digest(walk, 8) == digest(tmp_path / "alone", 8)
+    interrupted_at(tmp_path / "alone", 2, tmp_path / "fast")                                # control
+    run_ranks(train, 3, experiment_dict(data, tmp_path / "fast", **twelve))
+    assert digest(tmp_path / "fast", 8) != digest(tmp_path / "alone", 8)
 
 
 @pytest.mark.parametrize("changes", [

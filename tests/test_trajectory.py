@@ -29,10 +29,10 @@ from nanopoe.train import trajectory
 from nanopoe.train.evaluate import evaluate
 from nanopoe.train.restore import load_cascade
 from nanopoe.train.trajectory import TIMES, Request, evaluate_checkpoint, finished, gathered
+from tests.commands import Done, call, refused, write_yaml
 from tests.models import three_stages
 from tests.ranks import experiment_dict, run_ranks
 from tests.rows import chat_shards, write
-from tests.test_cli import Done, call, refused, write_yaml
 from tests.test_specialist import specialist_dict, train
 
 ROWS = torch.randint(300, (7, 33), generator=torch.Generator().manual_seed(3))
@@ -202,7 +202,9 @@ def test_a_model_without_stages_has_no_modes(runs: Path, ask: Command) -> None:
     assert record["bpb"]["stages"] is None and len(record["probes"][0]["answers"]) == 1
 
 
-def test_a_record_is_finished_when_nothing_has_changed(run: Path, ask: Command) -> None:
+def test_a_record_is_finished_when_nothing_has_changed(run: Path, ask: Command,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trajectory, "MODE_TOKENS", 6)
     assert finished(run, 8, QUIET) is None
     assert ask(run, "--tokens", "512", "--calibration-tokens", "256", "--no-speed").code == 0
     record = finished(run, 8, QUIET)

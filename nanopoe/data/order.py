@@ -35,8 +35,10 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 def unit(key: int, counter: int) -> float:
     """The number of this counter under this key, uniform in [0, 1) with 53 bits."""
-    word = splitmix64(np.array([(key + counter) & _MASK], dtype=np.uint64))[0]
-    return int(word >> np.uint64(11)) / (1 << 53)
+    x = (key + counter + 0x9E3779B97F4A7C15) & _MASK        # splitmix64 of one number, ten times as fast as of an array
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return ((x ^ (x >> 31)) >> 11) / (1 << 53)
 
 
 def hashed_order(key: int, n: int) -> np.ndarray:

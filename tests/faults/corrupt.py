@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from nanopoe.errors import NanopoeError
 from tests.faults.harness import Report, Room, copied, fault
 from tests.faults.mutants import KINDS, MANIFEST, Damage, Victim, bomb
 from tests.faults.resume import CYCLE
+from tests.ranks import forked
 
 ALONE = World(0, 1, torch.device("cpu"))
 SECONDS, MEMORY = 2.0, 2.0             # of a refusal; the peak of memory, relative to that of a clean load
@@ -38,7 +38,7 @@ class Reader:
 
     def begin(self) -> None:
         """A new process, that has loaded a good run once: what that costs the first time is no mutant's."""
-        context = multiprocessing.get_context("forkserver")
+        context = forked()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs,))
         self._process.start()

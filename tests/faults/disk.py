@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -20,6 +19,7 @@ from typing import Any
 from nanopoe.checkpoint import folder_of, list_steps
 from nanopoe.checkpoint.store import opens
 from tests.faults.harness import Life, Room, _train
+from tests.ranks import forked
 
 CHANGES = ("open", "write", "fsync", "mkdir", "rename", "replace")
 DELETES = ("unlink", "rmdir")
@@ -30,7 +30,7 @@ def start(room: Room, experiment: dict[str, Any], before: Callable[[], None]) ->
     """Room.start on one rank, in a process that calls `before` first."""
     life = room.start(experiment, 0)
     config = life.run_dir.with_suffix(".yaml")
-    process = multiprocessing.get_context("forkserver").Process(
+    process = forked().Process(
         target=_hurt, args=(before, [str(config)], str(life.console)))
     process.start()
     life.ranks.append(process)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nanopoe.checkpoint import digest, list_steps, open_checkpoint
-from tests.ranks import experiment_dict, tiny_data
+from tests.ranks import experiment_dict, forked, tiny_data
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120.0            # after which a run that should have ended counts as hung
@@ -105,8 +104,7 @@ class Life:
 
     def __init__(self, run_dir: Path, arguments: list[str], ranks: int):
         self.run_dir, self.console = run_dir, run_dir.with_suffix(".log")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "nanopoe.train.loop", "scripts.train", "tests.faults.harness"])
+        context = forked()
         port = free_port() if ranks > 1 else 0
         self.started = time.monotonic()
         self.ranks: list[BaseProcess] = []
