@@ -120,7 +120,10 @@ def entrypoint(main: Callable[[], int | None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = 130
-        except BrokenPipeError:                     # the reader of our output has gone: `... | head`
+        except (BrokenPipeError, SystemExit) as left:
+            if not isinstance(left, BrokenPipeError) and not isinstance(left.__context__, BrokenPipeError):
+                raise                               # of argparse
+            # the reader of our output has gone, as in `... | head`; rich makes an exit with 1 of that
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
         except Exception as error:                  # a bug of ours: say so in one line, keep the trace
