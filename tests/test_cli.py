@@ -98,7 +98,8 @@ def test_ctrl_c_leaves_a_run_that_goes_on(finished: Path, tmp_path: Path, cli: C
 
 
 @pytest.mark.parametrize("command", [["model_info", "tiny.yaml"], ["model_info", "tiny.yaml", "--json"],
-                                     ["generate", "run", "a", "--tokens", "9"]], ids=["a table", "at the end", "while it speaks"])
+                                     ["generate", "run", "a", "--tokens", "9"]],
+                         ids=["a table", "at the end", "while it speaks"])
 def test_a_reader_that_leaves_is_no_error(finished: Path, command: list[str]) -> None:
     script, of, *more = command
     process = subprocess.Popen([sys.executable, "-m", f"scripts.{script}", str(finished / of), *more], cwd=ROOT,

@@ -46,8 +46,8 @@ class Inventive(Draws):
 
 
 def _value(draws: Draws) -> Any:
-    kind = draws.integer(0, 5)
-    if kind > 2:
+    kind = draws.integer(0, 3)
+    if kind == 3:
         return KINDS[draws.one(sorted(KINDS))].draw(draws)
     return draws.integer(2, 9999) if kind == 0 else " ".join(draws.some(WORDS, draws.integer(1, 3)))
 
@@ -58,9 +58,9 @@ def _names(draws: Draws, n: int) -> list[str]:
 
 
 def made_up_names(draws: Draws, n: int) -> list[str]:
-    """n different ones as functions have: half of the times they begin alike, as those of a module do."""
+    """n different ones as functions have: some times they begin alike, as those of a module do."""
     words, before = iter(draws.some(WORDS, 2 * n + 1)), ""
-    if draws.integer(0, 1):
+    if draws.integer(0, 3) == 0:
         before = f"{next(words)}_"
     return [before + "_".join(next(words) for _ in range(draws.integer(1, 2))) for _ in range(n)]
 
@@ -70,7 +70,7 @@ def _json(value: Any) -> str:
 
 
 def _repeat(draws: Draws) -> Task:
-    values = [_value(draws) for _ in range(draws.integer(1, 12))]
+    values = [_value(draws) for _ in range(draws.integer(1, 10))]
     text = " ".join(value if isinstance(value, str) else _json(value) for value in values)
     question = draws.one((f"Repeat: {text}", f'Say "{text}" again.', f"Write this once more: {text}"))
     return Task(question, text, f"repeat {text}")
@@ -84,8 +84,8 @@ def _as_json(draws: Draws) -> Task:
 
 
 def _look_up(draws: Draws) -> Task:
-    values = {name: _value(draws) for name in _names(draws, draws.integer(3, 6))}
-    text, names = _json(values), draws.some(list(values), draws.integer(1, 3))
+    values = {name: _value(draws) for name in _names(draws, draws.integer(2, 5))}
+    text, names = _json(values), draws.some(list(values), draws.integer(1, min(3, len(values))))
     question = draws.one((f"{text}\nGive me {', '.join(names)} of that.", f"Take {', '.join(names)} from {text}."))
     return Task(question, _json({name: values[name] for name in names}), f"look up {names} {text}")
 
@@ -102,7 +102,7 @@ def _choose(draws: Draws) -> Task:
 
 def _described(draws: Draws) -> Task:
     """The name that stands with a description, as a function's does in its schema."""
-    n = draws.integer(2, 6)
+    n = draws.integer(2, 4)
     things = {name: " ".join(draws.some(WORDS, draws.integer(2, 4))).capitalize() + "."
               for name in made_up_names(draws, n)}
     wanted = draws.one(list(things))
