@@ -170,6 +170,16 @@ class RuntimeConfig(Strict):
     timeout_s: Positive = Field(
         default=600, description="seconds without progress after which a rank counts as hung, and in which all ranks "
                                  "of a run must have met")
+    attention: Literal["auto", "flash", "flex", "blocks"] = Field(
+        default="auto", description="kernel of windowed attention: flash = FlashAttention 3 or 2, flex = "
+                                    "FlexAttention, blocks = ours, of matmuls or PyTorch's attention; auto = the first "
+                                    "that fits")
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto", description="torch.compile of the blocks for batches of the training's shape; auto is off on a "
+                                    "CPU, and on a GPU with triton on")
+    activation_checkpointing: bool = Field(
+        default=False, description="keep of each block that is trained its input alone and run it again in the "
+                                   "backward: less memory for one more forward pass of the blocks")
     compare_every: Positive | None = Field(
         default=500, description="steps between comparisons of the weights of all ranks, bit for bit; null = never")
 

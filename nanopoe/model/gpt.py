@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanopoe.config.layout import CHAT_TOKENS, SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
 from nanopoe.config.schema import ModelConfig
@@ -114,6 +117,23 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+def enter_block(block: Block, r: Tensor, c: Tensor, x: Tensor, x0: Tensor, ve: Tensor | None,
+                rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Residual stream x (B, T, D) behind a block that reads r x + c x0. What is compiled (train/build.py)."""
+    return block(r.to(x.dtype) * x + c.to(x.dtype) * x0, ve, rope)
+
+
+def run_layer(enter: Callable[..., Tensor], block: Block, table: nn.Module | None, r: Tensor, c: Tensor, x: Tensor,
+              x0: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """enter_block with value embeddings of `ids` (B, T) from `table`, if there is one. What is run again in a backward
+    with activation checkpointing. The look-up is not compiled: Inductor would add its gradient with atomics on a GPU.
+    """
+    return enter(block, r, c, x, x0, None if table is None else table(ids).to(x.dtype), rope)
+
+
+Layer = Callable[..., Tensor]        # run_layer but for its first argument
+
+
 class Specialist(nn.Module):
     """Blocks behind a frozen model, and a head that is added to its (SPEC 8); as initialised it changes nothing.
 
@@ -128,9 +148,9 @@ class Specialist(nn.Module):
         self.resid_lambdas = nn.Parameter(torch.empty(n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(n_layer))
 
-    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor], layer: Layer) -> Tensor:
         for block, r, c in zip(self.h, self.resid_lambdas, self.x0_lambdas, strict=True):
-            x = block(r.to(x.dtype) * x + c.to(x.dtype) * x0, None, rope)
+            x = layer(block, None, r, c, x, x0, ids, rope)
         return x
 
 
@@ -139,7 +159,14 @@ class GPT(nn.Module):
 
     Build on any device (also "meta"), then `to_empty` and `init_weights` or load a state dict. `compute_dtype` is
     the dtype of activations; the weights stay fp32. With specialists only the last of them is trainable.
+
+    How blocks are run is set from outside: `recompute` keeps of each that is trained its input alone, and `compiled`
+    is a compiled enter_block for batches of shape `compiled_for`, (B, T). Both are no part of the state dict.
     """
+
+    recompute = False
+    compiled: Callable[..., Tensor] | None = None
+    compiled_for: tuple[int, int] | None = None
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -232,15 +259,23 @@ class GPT(nn.Module):
         """Rotary tables for the positions of `ids` (B, T)."""
         return rotary_tables(torch.arange(ids.size(1), device=ids.device), self.layout.head_dim, self.compute_dtype)
 
+    def layer(self, ids: Tensor) -> Layer:
+        """How a block is run on a batch of `ids` (B, T), now."""
+        compiled = self.compiled if ids.shape == self.compiled_for else None
+        layer = partial(run_layer, compiled or enter_block)
+        if self.recompute and torch.is_grad_enabled():
+            return partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)      # nothing is random
+        return layer
+
     def run_stage(self, k: int, x: Tensor, x0: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The blocks of stage k: residual stream x (B, T, D) at its entry -> at its boundary."""
+        layer = self.layer(ids)
         if k >= self.layout.n_stages:
-            return cast(Tensor, self.specialists[k - self.layout.n_stages](x, x0, rope))
+            return cast(Tensor, self.specialists[k - self.layout.n_stages](x, x0, ids, rope, layer))
         middle, blocks = None, cast(nn.ModuleList, self.transformer["h"])
         for i in self.layout.stage_layers(k):
-            x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
-            ve = self.value_embeds[str(i)](ids).to(x.dtype) if i in self.layout.ve_layers else None
-            x = blocks[i](x, ve, rope)
+            table = self.value_embeds[str(i)] if i in self.layout.ve_layers else None
+            x = layer(blocks[i], table, self.resid_lambdas[i], self.x0_lambdas[i], x, x0, ids, rope)
             if i == self.config.n_layer // 2:
                 middle = x
         if self.config.poe_mode == "none":                           # backout: BP's only stage holds layer L//2

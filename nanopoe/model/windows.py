@@ -6,7 +6,7 @@ All are called as attend() is, with a window that cuts something off and a scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanopoe.errors import ConfigError
+
 BLOCK = 64               # queries that a CPU takes together: 32 and 128 are slower (runs/LOG.md)
 FLEX_BLOCK = 128         # FlexAttention's own
 
@@ -23,23 +25,60 @@ FLEX_BLOCK = 128         # FlexAttention's own
 class Kernel(NamedTuple):
     name: str                                                        # as the log says it
     run: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]      # q, k, v, window, scale
+    whole: bool = True       # torch.compile takes it into a graph; of FlashAttention that depends on its version
 
 
-@lru_cache(maxsize=16)
+_taken: dict[tuple[str, torch.dtype], Kernel] = {}
+
+
 def windowed_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """FlashAttention 3 or 2 where it is installed and fits, else FlexAttention, on a GPU; blocks elsewhere."""
-    if device.type == "cpu":
-        return Kernel("blocks for a CPU", _in_blocks)
-    if device.type == "cuda":
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        if dtype in (torch.bfloat16, torch.float16):
-            for module, name, fits in (("flash_attn_interface", "FlashAttention 3", hopper),
-                                       ("flash_attn", "FlashAttention 2", True)):
-                if fits and find_spec(module) is not None:
-                    return Kernel(name, _flash(import_module(module).flash_attn_func))
-        if find_spec("triton") is not None:
-            return Kernel("FlexAttention", _flex)
-    return Kernel("blocks of SDPA", _sdpa_in_blocks)
+    """What choose_kernel chose, and where nobody called that, the first of "flash", "flex", "blocks" that fits."""
+    key = (device.type, dtype)
+    if key not in _taken:
+        choose_kernel(device, dtype)
+    return _taken[key]
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype, name: str = "auto") -> Kernel:
+    """The kernel of this process from now on: "flash", "flex", "blocks", or the first of them that fits with "auto".
+
+    ConfigError for one that is not there, or is not for this device and dtype.
+    """
+    kernel = None
+    if name in ("auto", "flash"):
+        kernel = _flash_kernel(device, dtype)
+        if kernel is None and name == "flash":
+            raise ConfigError(f"FlashAttention is not there for {dtype} on a {device.type}", "runtime.attention",
+                              "on an NVIDIA GPU install flash-attn and compute in bfloat16, or use auto")
+    if kernel is None and name in ("auto", "flex"):
+        if device.type == "cuda" and find_spec("triton") is not None:
+            kernel = Kernel("FlexAttention", _flex)
+        elif name == "flex":
+            raise ConfigError(f"FlexAttention cannot train here, on a {device.type}", "runtime.attention",
+                              "on an NVIDIA GPU install triton, or use auto")
+    if kernel is None:
+        cpu = device.type == "cpu"
+        kernel = Kernel("blocks for a CPU", _in_blocks) if cpu else Kernel("blocks of SDPA", _sdpa_in_blocks)
+    _taken[device.type, dtype] = kernel
+    return kernel
+
+
+def _flash_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    for module, name, fits in (("flash_attn_interface", "FlashAttention 3", hopper),
+                               ("flash_attn", "FlashAttention 2", True)):
+        if fits and find_spec(module) is not None:
+            return Kernel(name, _flash(import_module(module).flash_attn_func), whole=False)
+    return None
+
+
+def prepare(kernel: Kernel, length: int, windows: Iterable[int], device: torch.device) -> None:
+    """Make what `kernel` needs for rows of this length before it is compiled: a graph makes no masks of blocks."""
+    for window in windows:
+        if kernel.run is _flex and length % FLEX_BLOCK == 0 and window < length - 1:
+            _block_mask(length, window, device)
 
 
 @lru_cache(maxsize=16)
@@ -70,8 +109,12 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     queries, keys = q.size(2), k.size(2)
     if queries != keys or queries % FLEX_BLOCK:
         return _sdpa_in_blocks(q, k, v, window, scale)
-    return _compiled_flex()(q, k, v, block_mask=_block_mask(queries, window, q.device), scale=scale,
-                            enable_gqa=q.size(1) != k.size(1))
+    from torch.nn.attention.flex_attention import flex_attention
+
+    flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    y: Tensor = flex(q, k, v, block_mask=_block_mask(queries, window, q.device), scale=scale,
+                     enable_gqa=q.size(1) != k.size(1))
+    return y
 
 
 @lru_cache(maxsize=1)
@@ -81,14 +124,19 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@lru_cache(maxsize=16)
+_block_masks: dict[tuple[int, int, torch.device], Any] = {}    # a compiled graph reads it, but looks through lru_cache
+
+
 def _block_mask(length: int, window: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    key = (length, window, device)
+    if key not in _block_masks:
+        from torch.nn.attention.flex_attention import create_block_mask
 
-    def sees(batch: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return (s <= t) & (s >= t - window)
+        def sees(batch: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return (s <= t) & (s >= t - window)
 
-    return create_block_mask(sees, None, None, length, length, device, FLEX_BLOCK)
+        _block_masks[key] = create_block_mask(sees, None, None, length, length, device, FLEX_BLOCK)
+    return _block_masks[key]
 
 
 # -- anywhere ---------------------------------------------------------------------------------------------------------
@@ -127,7 +175,8 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Te
     B, H, queries, _ = q.shape
     k, v = _ungrouped(q, k, v)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    y = _Blocks.apply(*(x.to(dtype).reshape(B * H, x.size(2), x.size(3)) for x in (q * scale, k, v)), window)
+    apply: Callable[..., Tensor] = _opaque_blocks if torch.compiler.is_compiling() else _Blocks.apply
+    y = apply(*(x.to(dtype).reshape(B * H, x.size(2), x.size(3)) for x in (q * scale, k, v)), window)
     return y.view(B, H, queries, -1).to(q.dtype)
 
 
@@ -142,23 +191,50 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         ctx.window = window
         ctx.save_for_backward(q, k, v)
-        y = torch.empty_like(q)
-        for at, seen, mask in _blocks(q.size(1), k.size(1), window):
-            y[:, at] = torch.bmm(_probabilities(q[:, at], k[:, seen], mask), v[:, seen])
-        return y
+        return _attend_blocks(q, k, v, window)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        dy, dq, dk, dv = grads[0], torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for at, seen, mask in _blocks(q.size(1), k.size(1), ctx.window):
-            p = _probabilities(q[:, at], k[:, seen], mask)
-            dv[:, seen] += torch.bmm(p.mT, dy[:, at])
-            dp = torch.bmm(dy[:, at], v[:, seen].mT)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)    # one pass for p * (dp - sum(p * dp))
-            dq[:, at] = torch.bmm(ds, k[:, seen])
-            dk[:, seen] += torch.bmm(ds.mT, q[:, at])
-        return dq, dk, dv, None
+        return *_blocks_backward(grads[0], q, k, v, ctx.window), None
+
+
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    y = torch.empty_like(q)
+    for at, seen, mask in _blocks(q.size(1), k.size(1), window):
+        y[:, at] = torch.bmm(_probabilities(q[:, at], k[:, seen], mask), v[:, seen])
+    return y
+
+
+def _blocks_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for at, seen, mask in _blocks(q.size(1), k.size(1), window):
+        p = _probabilities(q[:, at], k[:, seen], mask)
+        dv[:, seen] += torch.bmm(p.mT, dy[:, at])
+        dp = torch.bmm(dy[:, at], v[:, seen].mT)
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)        # one pass for p * (dp - sum(p * dp))
+        dq[:, at] = torch.bmm(ds, k[:, seen])
+        dk[:, seen] += torch.bmm(ds.mT, q[:, at])
+    return dq, dk, dv
+
+
+# The same as operators that a compiled graph calls as they are: unrolled, it would have several matmuls for each block.
+_opaque_blocks = torch.library.custom_op("nanopoe::window_blocks", _attend_blocks, mutates_args=())
+_opaque_backward = torch.library.custom_op("nanopoe::window_blocks_backward", _blocks_backward, mutates_args=())
+_opaque_blocks.register_fake(lambda q, k, v, window: torch.empty_like(q))
+_opaque_backward.register_fake(lambda dy, q, k, v, window: tuple(map(torch.empty_like, (q, k, v))))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *_opaque_backward(dy.contiguous(), *ctx.saved_tensors, ctx.window), None
+
+
+_opaque_blocks.register_autograd(_gradients, setup_context=_keep)
 
 
 def _blocks(queries: int, keys: int, window: int) -> Iterator[tuple[slice, slice, Tensor]]:

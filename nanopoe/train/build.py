@@ -23,8 +23,10 @@ from nanopoe.data.validation import EvalBatches, eval_batches
 from nanopoe.dist import World
 from nanopoe.errors import CheckpointError, DataError, everywhere
 from nanopoe.model import GPT
+from nanopoe.model.gpt import enter_block
 from nanopoe.model.specialist import scale_entry, warm_start
 from nanopoe.model.stages import shared_parameters
+from nanopoe.model.windows import prepare
 from nanopoe.optim import DistMuonAdamW, build_groups
 from nanopoe.schedule import Schedule
 from nanopoe.tokenizer import Tokenizer
@@ -112,8 +114,9 @@ def build_run(experiment: Experiment, world: World) -> Run:
     if experiment.specialist is not None and experiment.specialist.cache_states:
         assert start is not None
         below = digest_of([("chat_rows", model.chat_rows)], start.digest)         # all that the states depend on
-        run.keep = StateCache(run.folder / "cache" / f"{below[:32]}-{compute_of(model)}-{world.device.type}",
-                              experiment.model.n_embd, model.compute_dtype)
+        how = f"{compute_of(model)}-{world.device.type}{'-compiled' * compute.compiled}"
+        run.keep = StateCache(run.folder / "cache" / f"{below[:32]}-{how}", experiment.model.n_embd,
+                              model.compute_dtype)
     if checkpoint is not None:
         run.step, run.tokens = checkpoint.step, stored(checkpoint, "tokens", int)
         computed = checkpoint.manifest.fingerprints.get("compute")
@@ -218,7 +221,27 @@ def build_model(experiment: Experiment, world: World, compute: Compute, checkpoi
             scale_entry(model, experiment.seed)
     if checkpoint is not None:
         load_weights(model, checkpoint)
+    model.recompute = experiment.runtime.activation_checkpointing
+    if compute.compiled:
+        compile_blocks(model, compute, experiment.batch.device_batch_size)
     return model
+
+
+def compile_blocks(model: GPT, compute: Compute, rows: int) -> None:
+    """Run blocks compiled on batches of `rows` whole rows; other shapes, as of evaluations and prompts, run as before.
+
+    One graph serves all blocks of a kind, so depth adds no time to compile: what tells kinds apart is the window,
+    value embeddings, whether there are gradients and whether the input wants one. No module is wrapped.
+    """
+    import torch._dynamo as dynamo  # takes a second, and only this needs it
+
+    layout = model.layout
+    kinds = {(window, i in layout.ve_layers) for i, window in enumerate(layout.window_sizes)}
+    prepare(compute.attention, model.config.sequence_len, {window for window, _ in kinds}, model.lm_head.weight.device)
+    limits = dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 6 * (len(kinds) + 1))
+    model.compiled = torch.compile(enter_block, dynamic=False, fullgraph=compute.attention.whole)
+    model.compiled_for = (rows, model.config.sequence_len)
 
 
 def load_below(model: GPT, cascade: Cascade) -> None:

@@ -1,14 +1,17 @@
-"""How a rank computes: dtype, threads, matmul backend, and the peak that MFU is measured against."""
+"""How a rank computes: dtype, threads, matmul backend, attention, compiler, allocator, collector, and the peak that MFU
+is measured against."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,10 +19,12 @@ import torch
 from nanopoe.config.schema import Experiment, RuntimeConfig
 from nanopoe.dist import World
 from nanopoe.errors import ConfigError
+from nanopoe.model.windows import Kernel, choose_kernel
 
 # Dense bf16 FLOP/s of data sheets, by a part of the device's name; what is not listed is measured.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "B200": 2250e12}
 PEAK_S = 0.3             # seconds that a matmul peak is looked for
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")       # the second is the older name
 EXACT = 2e-6             # relative error up to which an fp32 matmul backend counts as fp32
 
 
@@ -29,12 +34,19 @@ class Compute:
     reason: str              # one line for the console
     peak_flops: float        # FLOP/s of a large matmul in `dtype` on this rank
     device_name: str
+    attention: Kernel        # of layers with a window
+    compiled: bool           # whether blocks are, for batches of the training's shape
 
 
 def choose_compute(runtime: RuntimeConfig, world: World, ranks_here: int) -> Compute:
-    """Set up this process and say what was chosen. ConfigError for a dtype the device does not compute in."""
+    """Set up this process and say what was chosen. ConfigError for a dtype the device does not compute in, and for a
+    kernel of attention or a compiler that is not there."""
     if world.device.type == "cuda":
         return _choose_cuda(runtime, world.device)
+    return _choose_cpu(runtime, world.device, ranks_here)
+
+
+def _choose_cpu(runtime: RuntimeConfig, device: torch.device, ranks_here: int) -> Compute:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = runtime.threads or max(1, cores // ranks_here)
     torch.set_num_threads(threads)
@@ -43,11 +55,13 @@ def choose_compute(runtime: RuntimeConfig, world: World, ranks_here: int) -> Com
     reason = "asked for" if runtime.compute_dtype != "auto" else "exact, and every CPU has it"
     if dtype == torch.float32:
         reason += f"; {choose_fp32_matmul()}"
-    return Compute(dtype, f"{reason}; {threads} thread{'s' * (threads > 1)}", measured_peak(world.device, dtype),
-                   platform.processor() or platform.machine())
+    kernel, compiled = choose_kernel(device, dtype, runtime.attention), choose_compiler(runtime, device)
+    return Compute(dtype, f"{reason}; {threads} thread{'s' * (threads > 1)}; {_how(kernel, compiled)}",
+                   measured_peak(device, dtype), platform.processor() or platform.machine(), kernel, compiled)
 
 
 def _choose_cuda(runtime: RuntimeConfig, device: torch.device) -> Compute:
+    expand_segments(device)
     supported = torch.cuda.is_bf16_supported(including_emulation=False)
     if runtime.compute_dtype == "bfloat16" and not supported:
         raise ConfigError("this GPU has no bfloat16", "runtime.compute_dtype", "use float32")
@@ -60,7 +74,36 @@ def _choose_cuda(runtime: RuntimeConfig, device: torch.device) -> Compute:
     listed = next((peak for part, peak in PEAKS.items() if part in name), None) if use_bf16 else None
     peak = listed or measured_peak(device, dtype)
     known = "listed" if listed else "measured"
-    return Compute(dtype, f"{reason}; MFU against {peak / 1e12:.0f} TFLOP/s {known}", peak, name)
+    kernel, compiled = choose_kernel(device, dtype, runtime.attention), choose_compiler(runtime, device)
+    return Compute(dtype, f"{reason}; MFU against {peak / 1e12:.0f} TFLOP/s {known}; {_how(kernel, compiled)}", peak,
+                   name, kernel, compiled)
+
+
+def _how(kernel: Kernel, compiled: bool) -> str:
+    return f"windows by {kernel.name}; blocks {'compiled' if compiled else 'not compiled'}"
+
+
+def choose_compiler(runtime: RuntimeConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled. A small function is compiled first: ConfigError if that does not work here."""
+    cuda = device.type == "cuda"
+    if runtime.compile == "off" or (runtime.compile == "auto" and not (cuda and find_spec("triton") is not None)):
+        return False
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:                             # of many kinds, from the compiler's own to the linker's
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        needs = "triton and a C compiler" if cuda else "a C++ compiler (g++, or name it in CXX) and Python's headers"
+        raise ConfigError(f"torch.compile does not work on this {device.type}: {text}", "runtime.compile",
+                          f"install {needs}, or use runtime.compile=off") from error
+    return True
+
+
+def expand_segments(device: torch.device) -> None:
+    """Let CUDA's allocator grow its segments instead of taking new ones beside holes, unless the user's environment
+    says how it is to work. Call before the first allocation: what it holds already stays as it is."""
+    if device.type == "cuda" and not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        # the environment is read when torch first asks it, which may be over by now
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def choose_fp32_matmul() -> str:
@@ -112,6 +155,37 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3            # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, 1 << 30)
         mallopt(mmap_threshold, 1 << 30)
+
+
+class Collector:
+    """Garbage is collected when asked for in its `with` block, not in the middle of a step, where one rank's collection
+    makes all of them wait. At the end all is as it was found, also after an error."""
+
+    def __init__(self) -> None:
+        self.under_way = False
+
+    def __enter__(self) -> Collector:
+        self._enabled, self._frozen = gc.isenabled(), gc.get_freeze_count()
+        return self
+
+    def start(self) -> None:
+        """Training is under way: what is there now stays, so later collections need not look at it."""
+        if not self.under_way:
+            self.under_way = True
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+
+    def collect(self) -> None:
+        if self.under_way:
+            gc.collect()
+
+    def __exit__(self, *error: object) -> None:
+        if self.under_way:
+            if not self._frozen:
+                gc.unfreeze()
+            if self._enabled:
+                gc.enable()
 
 
 @contextmanager

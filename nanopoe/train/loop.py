@@ -13,7 +13,7 @@ from nanopoe.data.position import merge_positions, summary
 from nanopoe.dist import World
 from nanopoe.schedule import Schedule
 from nanopoe.train.build import Run, build_run, validation
-from nanopoe.train.compute import memory_bytes, out_of_memory
+from nanopoe.train.compute import Collector, expand_segments, memory_bytes, out_of_memory
 from nanopoe.train.drift import compare_ranks
 from nanopoe.train.evaluate import evaluate
 from nanopoe.train.saves import Saves
@@ -31,16 +31,18 @@ def train(experiment: Experiment, world: World, signals: Signals | None = None, 
     """
     signals, status = signals or Signals(), status or Status(experiment.out, world.rank, world.size)
     dist.mark("build", 0)
+    expand_segments(world.device)
     with run_lock(experiment.out, world) as warnings:
         run = build_run(experiment, world)
         run.warnings += warnings
         status.begin(run.step, run.plan.total_steps, dist.gather_json(whoami(), world.device)[0])
-        with run.loader, run.saver, watch_of(run) as watch, out_of_memory(experiment, world.device):
-            go_on(run, watch, signals, status)
+        with run.loader, run.saver, watch_of(run) as watch, out_of_memory(experiment, world.device), \
+                Collector() as collector:
+            go_on(run, watch, signals, status, collector)
     return run
 
 
-def go_on(run: Run, watch: Watch, signals: Signals, status: Status) -> None:
+def go_on(run: Run, watch: Watch, signals: Signals, status: Status, collector: Collector) -> None:
     """Steps, saves and evaluations, to the end or until a signal. Collective."""
     experiment, total = run.experiment, run.plan.total_steps
     saves, position = Saves(run, watch, status), None
@@ -50,6 +52,7 @@ def go_on(run: Run, watch: Watch, signals: Signals, status: Status) -> None:
         stop = stop or not evaluate_if_due(run, watch, signals)            # the run may have died before it
     while not stop and run.step < total:
         position = advance(run, watch, warm=position is not None)
+        collector.start()
         status.step = run.step
         if run.keep is not None and run.keep.problem:
             watch.event("warning", what=f"states are no longer kept in {run.keep.folder}: {run.keep.take_problem()}")
@@ -64,6 +67,9 @@ def go_on(run: Run, watch: Watch, signals: Signals, status: Status) -> None:
         if due(run.step, experiment.evaluation.every, total):
             tell_data(run, position, watch)
         stop = stop or not evaluate_if_due(run, watch, signals)
+        pauses = experiment.checkpoint.every, experiment.runtime.compare_every, experiment.evaluation.every
+        if any(due(run.step, every, total) for every in pauses):            # all ranks wait here anyway
+            collector.collect()
     saves.finish(position)
     leave(run, watch, signals, status, preempted=stop)
 
