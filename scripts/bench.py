@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   torchrun --nproc_per_node=4 -m scripts.bench memory configs/small_poe.yaml
   torchrun --nproc_per_node=2 -m scripts.bench stages configs/small_poe.yaml --set parallel.stages=2
   python -m scripts.bench head configs/small_poe.yaml --set model.vocab_size=32768
+  python -m scripts.bench attention --length 2048 8192 --window 512   windowed against full causal
   python -m scripts.bench data                                        8 x 512 on ../shared/corpus
   python -m scripts.bench data --rows 8 32 --seq 2048 --data data/stdlib/train --tokenizer data/stdlib/tokenizer
   python -m scripts.bench specialist                                  configs/stage_tool.yaml, scaled down
@@ -34,12 +35,13 @@ COLUMNS = {
     "step": ("experiment", "dtype", "s / step", "spread", "backward", "optimizer", "tokens/s", "GFLOP/s", "of peak",
              "memory MiB"),
     "optimizer": ("experiment", "dtype", "parameters", "sharded ms", "plain ms", "ratio", "largest difference"),
-    "memory": ("experiment", "ranks", "micro-steps", "MiB weights", "formula", "optimizer", "formula",
-               "gradients, peak", "bound"),
+    "memory": ("experiment", "dtype", "ranks", "micro-steps", "MiB weights", "optimizer", "gradients", "measured",
+               "planned", "ratio", "fullest at"),
     "stages": ("experiment", "ranks", "micro-steps", "s / step alone", "with stages", "speed-up", "tokens/s",
                "idle by rank", "of the loss", "of a weight", "spread ms"),
     "head": ("experiment", "dtype", "heads", "rows x V", "fused s", "held s", "ratio", "fused MiB", "held MiB", "ratio",
              "of peak", "loss gap"),
+    "attention": ("length", "window", "dtype", "full ms", "windowed ms", "of full", "pairs of full", "masked ms"),
 }
 
 
@@ -58,6 +60,10 @@ def row(what: str, r: dict[str, Any]) -> list[str]:
                 f"{r['stages']:.3f}", f"{r['speedup']:.2f}x", f"{r['tokens_per_s']['stages']:,.0f}",
                 " ".join(f"{share:.1%}" for share in r["idle"]), f"{r['loss_difference']:.0e}",
                 f"{r['weight_difference']:.0e}", f"{1e3 * r['spread_seconds']:.1f}"]
+    if what == "attention":
+        ms = {key: "" if r[key] is None else f"{1e3 * r[key]:.1f}" for key in ("full", "windowed", "masked")}
+        return [f"{r['length']:,}", f"{r['window']:,}", r["dtype"], ms["full"], ms["windowed"], f"{r['ratio']:.2f}x",
+                f"{r['pairs']:.2f}x", ms["masked"]]
     if what == "head":
         arms = r["arms"].values()
         return [r["experiment"], r["dtype"], str(r["heads"]), f"{r['rows']:,} x {r['vocab_size']:,}",
@@ -65,8 +71,9 @@ def row(what: str, r: dict[str, Any]) -> list[str]:
                 *(f"{arm['bytes'] / 2**20:,.0f}" for arm in arms), f"{r['memory_ratio']:.3f}", f"{r['mfu']:.0%}",
                 f"{r['loss_gap']:.0e}"]
     mib = {key: f"{value / 2**20:,.2f}" for key, value in r.items() if isinstance(value, int)}
-    return [r["experiment"], str(r["world_size"]), str(r["micro_steps"]), mib["weights"], mib["weights_formula"],
-            mib["optimizer"], mib["optimizer_formula"], mib["gradients"], mib["gradients_formula"]]
+    return [r["experiment"], r["dtype"], f"{r['world_size']} {r['grid']}".strip(),
+            f"{r['micro_steps']} x {r['device_batch_size']}", mib["weights"], mib["optimizer"], mib["gradients"],
+            mib["measured"], mib["planned"], f"{r['ratio']:.3f}", r["peak"]]
 
 
 def data_column(r: dict[str, Any]) -> dict[str, str]:
@@ -96,6 +103,8 @@ def main() -> None:
         results = decode_results(args)
     elif args.what == "specialist":
         results = specialist_results(args)
+    elif args.what == "attention":
+        results = attention_results(args)
     else:
         results = experiment_results(args)
     if not results:                                             # another rank tells
@@ -143,7 +152,7 @@ def parse() -> argparse.Namespace:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for name, text in (("step", "forward, backward and optimizer on random tokens"),
                        ("optimizer", "an update against the plain single-process form"),
-                       ("memory", "tensors of the fullest rank (torchrun) against the formula"),
+                       ("memory", "the fullest moment of a step on the fullest rank (torchrun) against the plan"),
                        ("head", "the fused head and loss against the form that holds all logits"),
                        ("stages", "stages on different ranks (torchrun) against one rank; and what differs")):
         command = commands.add_parser(name, help=text, description=text, parents=[common])
@@ -155,6 +164,14 @@ def parse() -> argparse.Namespace:
     command.add_argument("configs", nargs="*", default=[], help="of specialists [stage_tool.yaml, scaled down]")
     command.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="override, for all")
     command.add_argument("--steps", type=int, default=5, help="timed steps; medians are shown [5]")
+    text = "windowed attention and its gradient against full causal attention"
+    command = commands.add_parser("attention", help=text, description=text, parents=[common])
+    command.add_argument("--length", type=int, nargs="+", default=[2048, 8192], help="positions [2048 8192]")
+    command.add_argument("--window", type=int, default=512, help="a position sees so many before it [512]")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="[float32]")
+    command.add_argument("--rounds", type=int, default=7, help="of which the median counts [7]")
+    command.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     text = "ready batches against pure encoding, and how long a consumer waits"
     command = commands.add_parser("data", help=text, description=text, parents=[common])
     command.add_argument("--rows", type=int, nargs="+", default=[8], help="rows of a batch [8]")
@@ -180,7 +197,8 @@ def parse() -> argparse.Namespace:
     command.add_argument("--transformers", action="store_true",
                          help="also `generate` of the export under transformers, in turns with plain")
     args = parser.parse_args()
-    for name in ("tokens", "rounds", "steps", "rows", "seq", "vocab", "lanes", "buffer", "threads", "seconds"):
+    for name in ("tokens", "rounds", "steps", "rows", "length", "window", "seq",
+                 "vocab", "lanes", "buffer", "threads", "seconds"):
         values = getattr(args, name, None)
         for value in values if isinstance(values, list) else [] if values is None else [values]:
             if name == "seconds" and not 0 < value < 1e6:
@@ -222,6 +240,21 @@ def specialist_results(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ConfigError(f"bench specialist measures one rank, not {here.size}", "torchrun",
                               "start it with python -m scripts.bench")
         return [bench_specialist(experiment, here, args.steps) for experiment in experiments]
+
+
+def attention_results(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One result for each length."""
+    import torch
+
+    from nanopoe.dist import world
+    from nanopoe.train.bench_attention import bench_attention
+
+    with world(args.device) as here:
+        if here.size > 1:
+            raise ConfigError(f"bench attention measures one rank, not {here.size}", "torchrun",
+                              "start it with python -m scripts.bench")
+        return [bench_attention(here, length, args.window, args.rounds, getattr(torch, args.dtype), args.threads)
+                for length in args.length]
 
 
 def data_results(args: argparse.Namespace) -> list[dict[str, Any]]:

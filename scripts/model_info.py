@@ -15,15 +15,16 @@ from nanopoe.config.counts import (
     count_parameters,
     flops_per_token,
     forward_flops_per_stage,
-    memory_per_rank,
     parameter_shapes,
     trained_shapes,
 )
-from nanopoe.errors import entrypoint
+from nanopoe.config.memory import GIB, largest_batch, memory_per_rank
+from nanopoe.errors import ConfigError, entrypoint
 
 EXAMPLES = """examples:
   python -m scripts.model_info configs/poe_3b.yaml --world-size 12
   python -m scripts.model_info configs/poe_1p3b.yaml --json
+  python -m scripts.model_info configs/poe_1p3b.yaml --world-size 4 --gpu-memory 80
   python -m scripts.model_info configs/quickstart.yaml model.n_layer=12 model.poe_every=3"""
 
 
@@ -80,7 +81,9 @@ def print_table(info: dict[str, Any]) -> None:
         label = key.replace("_", " ")
         if key == "memory_per_rank":
             for kind, size in value.items():
-                table.add_row(f"{label}, {kind}", f"{size / 2**30:,.2f} GiB")
+                table.add_row(f"{label}, {kind}", size if isinstance(size, str) else f"{size / GIB:,.2f} GiB")
+        elif key == "largest_batch":
+            table.add_row(label, fit_line(value))
         elif isinstance(value, dict):
             for kind, count in value.items():
                 table.add_row(f"{label}, {kind}", f"{count:,}")
@@ -91,6 +94,15 @@ def print_table(info: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def fit_line(fit: dict[str, Any]) -> str:
+    """The proposal in words."""
+    memory = fit["memory"]
+    planned = f"plans {memory['total'] / GIB:,.2f} of {fit['usable'] / GIB:,.2f} GiB, fullest at {memory['peak']}"
+    if fit["device_batch_size"] is None:
+        return f"none fits: the smallest {planned}; {fit['do']}"
+    return f"{fit['do']} {planned}, in {fit['micro_steps']} micro-steps"
+
+
 @entrypoint
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.model_info", description=__doc__, epilog=EXAMPLES,
@@ -99,11 +111,17 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value",
                         help="set a key; list items by index")
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks to plan for (default 1)")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB",
+                        help="propose the largest batch.device_batch_size that plans within 90 %% of so many GiB")
     parser.add_argument("--json", action="store_true", help="print JSON; memory in bytes")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_intermixed_args()
     exp = load_experiment(args.file, args.overrides)
     info = describe(exp, args.world_size)
+    if args.gpu_memory is not None:
+        if not 0 < args.gpu_memory < 1e6:
+            raise ConfigError(f"must be above 0, got {args.gpu_memory:g}", "--gpu-memory", "give GiB, such as 80")
+        info["largest_batch"] = largest_batch(exp, args.world_size, int(args.gpu_memory * GIB)).as_dict()
     assert_built(exp)
     if args.json:
         print(json.dumps(info, indent=2))

@@ -112,7 +112,7 @@ def experiment_dict(data: Path, run_dir: Path, **changes: Any) -> dict[str, Any]
         "data": {"train": [{"name": "tiny", "path": str(data / "train")}],
                  "val": [{"name": "tiny", "path": str(data / "val")}],
                  "packing": "bestfit_crop", "lanes": 4, "buffer_documents": 8, "case_aug_prob": 0.1},
-        "batch": {"tokens_per_step": 32 * 4 * 2, "device_batch_size": 4},
+        "batch": {"tokens_per_step": 32 * 4 * 2, "device_batch_size": 4}, "parallel": {"stages": 1},
         "schedule": {"cycles": [{"steps": 5, "peak": 1.0, **cycle},
                                 {"steps": 3, "peak": 0.5, **cycle, "momentum_warmup_steps": 0}]},
         "optim": {"matrix_lr": 0.02, "embedding_lr": 0.1, "unembedding_lr": 0.01, "scalar_lr": 0.1, "weight_decay": 0.1,

@@ -15,19 +15,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopoe.config import ModelConfig, layout_of, load_experiment
+from nanopoe.config import ModelConfig, layout_of, load_experiment, memory
 from nanopoe.config.counts import (
     GROUPS,
-    activation_bytes,
     count_parameters,
     flops_per_token,
     forward_flops_per_stage,
     group_of,
-    memory_per_rank,
     parameter_shapes,
     scaling_parameters,
 )
-from nanopoe.model import GPT
+from nanopoe.config.memory import GIB, Memory, largest_batch, memory_per_rank
+from nanopoe.model import GPT, head
+from nanopoe.optim import dist_muon_adamw, kernels
 from nanopoe.optim.dist_muon_adamw import DistMuonAdamW
 from nanopoe.optim.groups import build_groups
 from scripts.model_info import assert_built, describe
@@ -158,32 +158,63 @@ def state_bytes(exp: Any, rank: int, world_size: int) -> int:
 
 
 @pytest.mark.parametrize("name", ["poe_3b", "bp_1p3b", "small_poe"])
-@pytest.mark.parametrize("world_size", [1, 2, 12])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_memory_is_what_the_fullest_rank_holds(name: str, world_size: int) -> None:
-    exp = load_experiment(ROOT / "configs" / f"{name}.yaml")
-    memory = memory_per_rank(exp, world_size)
+    exp = load_experiment(ROOT / "configs" / f"{name}.yaml", ("batch.device_batch_size=2",))
+    found = memory_per_rank(exp, world_size)
     counts = count_parameters(exp.model)
-    assert memory.weights == 4 * counts.total
+    assert found.weights == 4 * counts.total
     held = [state_bytes(exp, rank, world_size) for rank in range(world_size)]
-    assert memory.optimizer == max(held)
+    assert sorted(rank.state for rank in memory.Shares(exp, world_size).ranks()) == sorted(held)
+    assert found.optimizer in held                             # of the rank whose whole is largest
     assert max(held) <= 1.1 * sum(held) / world_size + 8 * exp.model.n_embd * 4 * exp.model.n_embd   # one matrix
-    trained = 4 * (counts.total - (0 if exp.model.poe_mode == "none" else 1))                     # backout untrained
-    assert trained / world_size < memory.gradients <= 1.1 * trained / world_size + 7 * 4 * 32768 * exp.model.n_embd
-    assert memory.total == sum(v for k, v in memory.as_dict().items() if k != "total")
+    assert found.total == sum(v for k, v in found.as_dict().items() if k not in ("total", "peak"))
+
+
+def small(*overrides: str, rows: int = 8) -> Memory:
+    return memory_per_rank(load_experiment(ROOT / "configs/small_poe.yaml", (
+        f"batch.device_batch_size={rows}", "model.sequence_len=512", "batch.tokens_per_step=8192", *overrides)), 1)
 
 
 def test_activations_follow_the_largest_stage() -> None:
-    shape = ("batch.device_batch_size=8", "model.sequence_len=512", "model.vocab_size=8192",
-             "batch.tokens_per_step=8192")
+    uneven = ("model.poe_every=null", "model.poe_stage_layers=[5,1,1,1]")
+    assert small().total < small(*uneven).total < small("model.poe_mode=hier").total
+    assert small("runtime.compute_dtype=bfloat16").activations < small().activations == \
+        small("runtime.compute_dtype=auto").activations
+    assert small("objective.kind=residual_logop", "objective.rho=.5") == small()      # a run reports the pool anyhow
+    assert small("runtime.activation_checkpointing=true").total < small().total
+    twice, once = (small(rows=rows).activations for rows in (8, 4))
+    assert 1.5 < twice / once < 2
 
-    def size(*overrides: str) -> int:
-        return activation_bytes(load_experiment(ROOT / "configs/small_poe.yaml", (*shape, *overrides)))
 
-    layers = ("model.poe_every=null",)
-    assert size() < size(*layers, "model.poe_stage_layers=[5,1,1,1]") < size("model.poe_mode=hier")
-    assert size(*layers, "model.poe_stage_layers=[2,6]") == size(*layers, "model.poe_stage_layers=[6,2]")
-    assert size("runtime.compute_dtype=bfloat16") < size() == size("runtime.compute_dtype=auto")
-    assert size("objective.kind=residual_logop", "objective.rho=.5") == size() + 8 * 512 * 8192 * 4
+def test_stages_on_ranks_hold_their_column_only() -> None:
+    exp = load_experiment(ROOT / "configs/small_poe.yaml", ("batch.device_batch_size=2", "parallel.stages=2"))
+    alone = memory_per_rank(load_experiment(ROOT / "configs/small_poe.yaml", ("batch.device_batch_size=2",)), 1)
+    two, four = memory_per_rank(exp, 2), memory_per_rank(exp, 4)
+    assert two.weights == four.weights == alone.weights
+    assert two.optimizer < 0.7 * alone.optimizer and four.optimizer < 0.4 * alone.optimizer
+    assert four.total < two.total < alone.total
+
+
+def test_the_planner_knows_the_sizes_that_the_model_and_the_optimizer_use() -> None:
+    """They stand above config/, which may not import them."""
+    assert (memory.CPU_ROWS, memory.TILE_ELEMENTS) == (head.CPU_ROWS, head.TILE_ELEMENTS)
+    assert (memory.PARCEL, memory.CACHE_BLOCK) == (dist_muon_adamw.PARCEL, kernels.CACHE_BLOCK)
+
+
+def test_the_largest_batch_fits_and_the_next_does_not() -> None:
+    exp = load_experiment(ROOT / "configs/bp_1p3b.yaml")
+    fit = largest_batch(exp, 4, 80 * GIB)
+    assert fit.device_batch_size is not None and fit.memory.total <= fit.usable == int(0.9 * 80 * GIB)
+    rows = exp.batch.tokens_per_step // exp.model.sequence_len
+    assert rows == fit.device_batch_size * fit.micro_steps * 4
+    next_batch = fit.device_batch_size * 2                     # the rows are a power of two
+    larger = exp.model_copy(update={"batch": exp.batch.model_copy(update={"device_batch_size": next_batch})})
+    assert rows & (rows - 1) == 0 and memory_per_rank(larger, 4).total > fit.usable
+    none = largest_batch(load_experiment(ROOT / "configs/poe_3b.yaml"), 1, 24 * GIB)
+    assert none.device_batch_size is None and none.memory.total > none.usable
+    for advice in ("activation_checkpointing", "parallel.stages=4", "ranks plans", "sequence_len"):
+        assert advice in none.do
 
 
 # -- the script -------------------------------------------------------------------------------------------------------
@@ -199,8 +230,18 @@ def test_model_info_prints_json() -> None:
               "window_sizes", "flops_per_token", "tokens_per_step", "total_steps", "total_tokens", "memory_per_rank"}
     assert wanted <= set(info)
     assert (info["parameters"], info["total_tokens"]) == (3_019_900_506, 65_999_732_736)
-    assert set(info["memory_per_rank"]) == {"weights", "gradients", "optimizer", "activations", "total"}
+    assert set(info["memory_per_rank"]) == {"weights", "gradients", "optimizer", "activations", "total", "peak"}
     assert info == describe(load_experiment(ROOT / "configs/poe_3b.yaml"), 12)
+
+
+def test_model_info_proposes_a_batch() -> None:
+    command = [sys.executable, "-m", "scripts.model_info", "configs/quickstart.yaml"]
+    done = subprocess.run([*command, "--gpu-memory", "80", "--json"], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    fit = json.loads(done.stdout)["largest_batch"]
+    assert fit["device_batch_size"] == 8 and fit["micro_steps"] == 1        # all rows of a step
+    bad = subprocess.run([*command, "--gpu-memory", "-1"], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 2 and "--gpu-memory" in bad.stderr and "Traceback" not in bad.stderr
 
 
 def test_model_info_would_notice_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def train(world: World, experiment: dict[str, Any]) -> int:
 
 def tiny(data: Path, folder: Path, P: int, **changes: Any) -> dict[str, Any]:
     """6 steps of 4 micro-batches, K = 4."""
-    return {**experiment_dict(data, folder, **{**FOUR, **changes}), "parallel": {"stages": P}}
+    return experiment_dict(data, folder, **{**FOUR, **changes, "parallel.stages": P})
 
 
 def go(data: Path, folder: Path, size: int, P: int, **changes: Any) -> Path:

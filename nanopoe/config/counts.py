@@ -1,17 +1,14 @@
-"""Parameters, tensors, FLOPs and memory by arithmetic alone: no torch, no model, exact where it can be (SPEC 1)."""
+"""Parameters, tensors and FLOPs by arithmetic alone: no torch, no model, exact (SPEC 1). Memory: memory.py."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from nanopoe.config.layout import CHAT_TOKENS, CHUNK_ELEMENTS, SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
-from nanopoe.config.schema import Experiment, ModelConfig
-from nanopoe.config.shares import FLIGHT_BYTES, Kind, share_out, state_elements
+from nanopoe.config.layout import CHAT_TOKENS, SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
+from nanopoe.config.schema import ModelConfig
 
 GROUPS = ("lm_head", "stage_heads", "wte", "value_embeds", "matrices", "scalars")
-HEAD_CHUNK_COPIES = 4     # fp32 in a chunk: raw, capped, log-probabilities, gradient
-FP32 = 4
 
 
 # -- parameters -------------------------------------------------------------------------------------------------------
@@ -146,86 +143,3 @@ def _dense_block_flops(m: ModelConfig, layout: Layout, window: int) -> int:
     kv = m.n_kv_head * layout.head_dim
     elements = 2 * m.n_embd**2 + 2 * m.n_embd * kv + 2 * m.n_embd * layout.intermediate
     return 2 * elements + 4 * m.n_head * layout.head_dim * min(window, m.sequence_len)
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank: weights and optimizer are exact, gradients a bound, activations an estimate."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self) | {"total": self.total}
-
-
-def memory_per_rank(exp: Experiment, world_size: int) -> Memory:
-    """Bytes of the fullest of `world_size` ranks (ZeRO-2): fp32 weights whole; of optimizer state and of the gradients
-    summed over a step only what it owns, and whole gradients only on their way to their owners."""
-    shapes = parameter_shapes(exp.model)
-    trained = trained_shapes(exp.model)
-    kinds: dict[str, Kind] = {n: "muon" if group_of(n) == "matrices" else "adamw" for n in trained}
-    summed, state = [0] * world_size, [0] * world_size
-    for piece in share_out(trained, kinds, world_size):
-        shape = (piece.high - piece.low, *trained[piece.param][1:])
-        summed[piece.owner] += math.prod(shape)
-        state[piece.owner] += state_elements(kinds[piece.param], shape)
-    return Memory(
-        weights=FP32 * sum(map(math.prod, shapes.values())),
-        gradients=FP32 * max(summed) + gradients_on_their_way(exp, trained, world_size),
-        optimizer=FP32 * max(state),
-        activations=activation_bytes(exp),
-    )
-
-
-def gradients_on_their_way(exp: Experiment, trained: dict[str, tuple[int, ...]], world_size: int) -> int:
-    """Bound on the bytes of whole gradients beside the sums: what all stages add to (complete only at the end of a
-    micro-batch), those in flight, the newest in flight, the one just computed, and one of which some rows are still to
-    leave. One rank that runs a single micro-batch sums in place."""
-    micro_batches = exp.batch.tokens_per_step // (exp.model.sequence_len * exp.batch.device_batch_size)
-    if micro_batches == world_size == 1:
-        return 0
-    sizes = {name: FP32 * math.prod(shape) for name, shape in trained.items()}
-    staged = exp.model.poe_mode != "none" and not exp.model.specialists
-    all_stages = ("lm_head.weight", "resid_lambdas", "x0_lambdas") if staged else ()
-    shared = sum(sizes[name] for name in all_stages)
-    if world_size == 1:
-        return shared + max(sizes.values())
-    in_flight = FLIGHT_BYTES + 3 * max(sizes.values())
-    if exp.runtime.numerics == "strict":                          # an owner gets every rank's
-        in_flight += world_size * in_flight
-    return shared + in_flight
-
-
-def activation_bytes(exp: Experiment) -> int:
-    """Estimate for one micro-batch at the peak of the backward.
-
-    Assumed: no recomputation; a fused attention that keeps no scores; per layer and token 5d (residual in, its norm,
-    attention out, residual middle, its norm), q, k and v before and after rotation and norm, 2I of the MLP, in the
-    compute dtype; the gradient of the residual stream and x0; logits in chunks (CHUNK_ELEMENTS). `flat` runs
-    each stage's backward before the next forward and holds the largest stage only; `none` and `hier` hold all
-    layers, a specialist its own. residual_logop also keeps the fp32 pool of all rows. The compute dtype `auto` counts
-    as 2 bytes, on `cpu` as 4.
-    """
-    m, layout = exp.model, layout_of(exp.model)
-    dtype, device = exp.runtime.compute_dtype, exp.runtime.device
-    size = 4 if dtype == "float32" or (dtype == "auto" and device == "cpu") else 2
-    rows = exp.batch.device_batch_size * m.sequence_len
-    depth = max(len(layout.stage_layers(k)) for k in range(layout.n_stages)) if m.poe_mode == "flat" else m.n_layer
-    if m.specialists:
-        depth = m.specialists[-1].n_layer
-    qkv = m.n_embd + 2 * m.n_kv_head * layout.head_dim
-    per_token = depth * (5 * m.n_embd + 2 * qkv + 2 * layout.intermediate) + 2 * m.n_embd
-    if m.poe_mode == "hier" and not m.specialists:
-        per_token += layout.n_stages * m.n_embd                       # gradients that wait at the boundaries
-    head = min(rows * m.vocab_size, CHUNK_ELEMENTS) * HEAD_CHUNK_COPIES * FP32
-    pool = rows * m.vocab_size * FP32 if exp.objective.kind == "residual_logop" else 0
-    return rows * per_token * size + head + pool

@@ -12,16 +12,20 @@ from torch import Tensor
 
 from nanopoe import dist
 from nanopoe.config import Experiment, make_plan
-from nanopoe.config.counts import flops_per_token, memory_per_rank
+from nanopoe.config.counts import flops_per_token
+from nanopoe.config.memory import memory_per_rank
 from nanopoe.dist import World
 from nanopoe.model import GPT
 from nanopoe.model.loss import split_rows
 from nanopoe.model.specialist import backward
+from nanopoe.model.stages import trained_losses
 from nanopoe.optim import DistMuonAdamW
 from nanopoe.optim.groups import Group
 from nanopoe.optim.kernels import adamw_, muon_, second_moment_shape
-from nanopoe.train.build import build_model, build_optimizer
+from nanopoe.train.build import build_model, build_optimizer, stage_column
 from nanopoe.train.compute import choose_compute, measured_peak, memory_bytes
+from nanopoe.train.pipeline import Pipeline
+from nanopoe.train.step import accumulate
 
 
 def bench_step(experiment: Experiment, world: World, steps: int = 5) -> dict[str, Any]:
@@ -138,39 +142,71 @@ class PlainMuonAdamW:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 def bench_memory(experiment: Experiment, world: World) -> dict[str, Any]:
-    """Bytes of tensors that the fullest rank holds in one step, beside what `memory_per_rank` says. Collective.
+    """Bytes that the fullest rank holds at the fullest moment of a step, beside the planner's. Collective.
 
+    `measured` is weights, optimizer state and the most that a second step (the first to warm up) allocates at a time,
+    with the pool's loss where the run reports one; `planned` is memory_per_rank's total, `ratio` planned / measured.
     `gradients` is the most at any moment a gradient was completed: sums, whole gradients, and those in flight.
     """
     plan, compute = make_plan(experiment, world.size), choose_compute(experiment.runtime, world, world.size)
     model = build_model(experiment, world, compute, None)
-    peak, optimizer = 0, None
+    most, optimizer = 0, None
 
-    def look(_: Tensor) -> None:
-        nonlocal peak
+    def look(_: Tensor | None = None) -> None:
+        nonlocal most
         assert optimizer is not None
-        peak = max(peak, storage_bytes(gradients(optimizer)))
+        most = max(most, storage_bytes(gradients(optimizer)))
 
     for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(look)          # before the optimizer's, which sends the gradient off
-    optimizer = build_optimizer(experiment, model, world, compute)
-    generator = torch.Generator().manual_seed(world.rank)
+    optimizer = build_optimizer(experiment, model, world, compute, plan, stage_column(experiment, plan))
+    pipe = Pipeline(plan, world) if plan.stages else None
+    generator = torch.Generator().manual_seed(plan.place(world.rank)[0])
     shape = (plan.micro_steps, plan.device_batch_size, plan.sequence_len + 1)
-    rows = torch.randint(experiment.model.vocab_size, shape, generator=generator).to(world.device)
-    for batch in rows.unbind(0):
-        backward(model, *split_rows(batch), experiment.objective, 1 / plan.tokens_per_step)
-        optimizer.take()
-        peak = max(peak, storage_bytes(gradients(optimizer)))
-    optimizer.reduce()
-    optimizer.update(1.0, 0.95, 1.0)
-    mine = {"weights": storage_bytes(model.parameters()), "gradients": peak,
+    rows = torch.randint(experiment.model.vocab_size, shape, generator=generator, dtype=torch.int32).to(world.device)
+    report_pool = trained_losses(model) > 1 and pipe is None
+
+    def step(_: int = 0) -> None:
+        if pipe is not None:
+            pipe.begin()
+        accumulate(model, optimizer, rows.long(), experiment.objective, 1 / plan.tokens_per_step, report_pool, None,
+                   pipe)
+        if pipe is not None:
+            pipe.end()
+        optimizer.reduce()
+        optimizer.update(1.0, 0.95, 1.0)
+
+    step()
+    mine = {"weights": storage_bytes(model.parameters()), "gradients": most,
             "optimizer": storage_bytes(t for b in optimizer.parcels for t in b.state.values())}
+    mine["measured"] = mine["weights"] + mine["optimizer"] + peak_bytes(world, step)
     everyone = dist.gather_json(mine, world.device)
-    said = memory_per_rank(experiment, world.size).as_dict()
-    return {"experiment": experiment.name, "world_size": world.size, "micro_steps": plan.micro_steps,
-            **{key: max(rank[key] for rank in everyone) for key in mine},
-            **{f"{key}_formula": said[key] for key in mine}, "device_peak": memory_bytes(world.device)}
+    planned = memory_per_rank(experiment, world.size)
+    found = {key: max(rank[key] for rank in everyone) for key in mine}
+    return {"experiment": experiment.name, "world_size": world.size, "grid": plan.grid(),
+            "device": f"{world.device} {compute.device_name}", "dtype": str(compute.dtype)[6:],
+            "micro_steps": plan.micro_steps, "device_batch_size": plan.device_batch_size, **found,
+            "planned": planned.total, "ratio": planned.total / found["measured"], "peak": planned.peak,
+            "weights_formula": planned.weights, "optimizer_formula": planned.optimizer}
+
+
+def peak_bytes(world: World, run: Callable[[int], object]) -> int:
+    """The most that torch has allocated at a time in run(0), beside what was there before."""
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
+        before = torch.cuda.memory_allocated(world.device)
+        run(0)
+        return torch.cuda.max_memory_allocated(world.device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run(0)
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def gradients(optimizer: DistMuonAdamW) -> Iterable[Tensor]:

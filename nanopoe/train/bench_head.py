@@ -17,7 +17,7 @@ from nanopoe.errors import ConfigError
 from nanopoe.model import GPT
 from nanopoe.model.gpt import capped_logits, norm
 from nanopoe.model.head import head_backward, head_chunks
-from nanopoe.train.bench import clock
+from nanopoe.train.bench import clock, peak_bytes
 from nanopoe.train.build import build_model
 from nanopoe.train.compute import choose_compute
 
@@ -86,21 +86,3 @@ def materialised(model: GPT, x: Tensor, k: int, targets: Tensor) -> tuple[Tensor
     model.zero_grad()
     assert states.grad is not None
     return loss.detach(), states.grad
-
-
-def peak_bytes(world: World, run: Callable[[int], object]) -> int:
-    """The most that torch has allocated at a time in run(0), beside what was there before."""
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(world.device)
-        before = torch.cuda.memory_allocated(world.device)
-        run(0)
-        return torch.cuda.max_memory_allocated(world.device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run(0)
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(changes, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
