@@ -5,7 +5,7 @@
 #                frozen model -> how well they call functions they have never seen, in four JSON layouts -> the delta ->
 #                a Hugging Face repo that finds its base by a pointer and a digest
 # What it needs  what runs/quickstart.sh leaves in out/ and data/ (it is run first if that is not there)
-# What it costs  about 20 minutes on 2 CPU cores after the quickstart, 15 of them training
+# What it costs  about 18 minutes on 2 CPU cores after the quickstart, 15 of them training
 #
 # Run it again and finished steps are kept: the training resumes from its newest checkpoint.
 set -euo pipefail
@@ -23,7 +23,7 @@ fi
 say "2/5 training: 4 new layers; the 6 below run without gradient and stay as they are"
 python -m scripts.train configs/stage_tool_quickstart.yaml
 say "3/5 function calls: unseen functions, four layouts of JSON; then with constrained decoding"
-python -m scripts.evaluate_tools "$RUN"
+python -m scripts.evaluate_tools "$RUN" --limit 100
 python -m scripts.evaluate_tools "$RUN" --constrained --limit 50
 say "4/5 the delta"
 [ -d out/tool-delta ] || python -m scripts.delta save "$RUN" --out out/tool-delta
