@@ -7,6 +7,7 @@ All are called as attend() is, with a window that cuts something off and a scale
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -199,22 +200,36 @@ class _Blocks(torch.autograd.Function):
         return *_blocks_backward(grads[0], q, k, v, ctx.window), None
 
 
+@contextmanager
+def _small_products() -> Iterator[None]:
+    """Without oneDNN, if fp32 products go there: it is the faster one for large matrices, and slower for blocks."""
+    backend: Any = torch.backends.mkldnn
+    matmul = backend.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "none"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     y = torch.empty_like(q)
-    for at, seen, mask in _blocks(q.size(1), k.size(1), window):
-        y[:, at] = torch.bmm(_probabilities(q[:, at], k[:, seen], mask), v[:, seen])
+    with _small_products():
+        for at, seen, mask in _blocks(q.size(1), k.size(1), window):
+            y[:, at] = torch.bmm(_probabilities(q[:, at], k[:, seen], mask), v[:, seen])
     return y
 
 
 def _blocks_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for at, seen, mask in _blocks(q.size(1), k.size(1), window):
-        p = _probabilities(q[:, at], k[:, seen], mask)
-        dv[:, seen] += torch.bmm(p.mT, dy[:, at])
-        dp = torch.bmm(dy[:, at], v[:, seen].mT)
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)        # one pass for p * (dp - sum(p * dp))
-        dq[:, at] = torch.bmm(ds, k[:, seen])
-        dk[:, seen] += torch.bmm(ds.mT, q[:, at])
+    with _small_products():
+        for at, seen, mask in _blocks(q.size(1), k.size(1), window):
+            p = _probabilities(q[:, at], k[:, seen], mask)
+            dv[:, seen] += torch.bmm(p.mT, dy[:, at])
+            dp = torch.bmm(dy[:, at], v[:, seen].mT)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)        # one pass for p * (dp - sum(p * dp))
+            dq[:, at] = torch.bmm(ds, k[:, seen])
+            dk[:, seen] += torch.bmm(ds.mT, q[:, at])
     return dq, dk, dv
 
 
