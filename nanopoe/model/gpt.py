@@ -93,7 +93,10 @@ class MLP(nn.Module):
 
 
 class ReluSquared(torch.autograd.Function):
-    """relu(x)^2. Keeps of x nothing but the result, which c_proj keeps anyway: its root is relu(x)."""
+    """relu(x)^2. Keeps of x nothing but the result, which c_proj keeps anyway: its root is relu(x).
+
+    A CPU takes six times as long for the root of 0, which half of them are: 2^-63 is put in its place and taken off.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ class ReluSquared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return ctx.saved_tensors[0].sqrt().mul_(2).mul_(grads[0])
+        return ctx.saved_tensors[0].clamp_min(2**-126).sqrt_().sub_(2**-63).mul_(2).mul_(grads[0])
 
 
 class Block(nn.Module):

@@ -98,13 +98,13 @@ class FusedHead:
         total, pooled, s_y = self._forward(h, targets, pool)
         ce = (total.log() - SPAN * s_y).sum()
         self.ce += ce
-        gradient, at = self.gradient[:len(h)], targets[:, None]
+        gradient, at = self.gradient[:len(h)], torch.arange(len(h), device=h.device)
         if not self.residual:
             self.loss += ce
             row, dc_y = self.scale / total, (SPAN * s_y).exp() - total
         else:
             assert pool is not None and self.objective.rho is not None
-            rho, u_y = self.objective.rho, pool.gather(1, at)[:, 0] / (self.k + 1)
+            rho, u_y = self.objective.rho, pool[at, targets] / (self.k + 1)
             self.loss += (1 - rho) * ce + rho * (self.k + 1) * (pooled.log() - u_y).sum()
             own, others = (1 - rho) / total, rho / pooled
             self._combine(pool, own, others)
@@ -113,7 +113,7 @@ class FusedHead:
             pool -= total.log()[:, None]
         row = (4 * row)[:, None]
         self._scale_rows(row)
-        gradient.scatter_(1, at, ((dc_y * (1 - s_y) * s_y)[:, None] * row).to(gradient.dtype))
+        gradient[at, targets] = (dc_y * (1 - s_y) * s_y * row[:, 0]).to(gradient.dtype)  # scatter_ would copy it all
         if self.fp32:
             self.d_weight.addmm_(gradient.T, h)
         else:

@@ -13,6 +13,7 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+TINY = 2**-126            # the least normal fp32; its root is nothing beside eps, and a CPU is slow at the root of 0
 CACHE_BLOCK = 1 << 18     # elements of an AdamW block; four tensors and two temporaries of it are 6 MiB
 
 
@@ -27,7 +28,7 @@ def adamw_(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: i
             w.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - beta1)
         v.lerp_(g.square(), 1 - beta2)
-        denominator = v.div(1 - beta2**step).sqrt_().add_(eps)
+        denominator = v.div(1 - beta2**step).clamp_min_(TINY).sqrt_().add_(eps)
         w.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
 
 
