@@ -3,7 +3,8 @@
 A collective that fails says only that some rank is gone, and one that hangs says nothing (NCCL's cannot even be
 interrupted). So a thread of each rank writes a record to the store of the rendezvous, on a connection of its own, and
 reads those of all others (roll.py has the rules). When a collective fails, `blame` names who is lost. When none fails,
-the thread itself tells, keeps the stacks in the rank's log and ends the process with exit code 6.
+the thread itself tells, keeps the stacks in the rank's log and ends the process with exit code 6. The records also say
+how long each rank takes for its part of a step, so that `slow_ranks` (pace.py) costs no collective.
 
 There is no heartbeat on one rank, nor where the ranks meet by a file. torchrun's agent holds the store and outlives its
 ranks; without torchrun rank 0 holds it, and its loss is rank 0's. A lost store of an agent stops no run that moves.
@@ -18,10 +19,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
+from nanopoe.dist.pace import Pace, Slow, Stopwatch
 from nanopoe.dist.roll import BEAT_S, NOTICE_S, Record, Roll, Verdict, machine, process, process_state
 from nanopoe.errors import NanopoeError, PeerError, dump_stacks, leave_at_once, report
 
@@ -32,13 +34,28 @@ GO_ON = "start again to go on from the last checkpoint"
 
 @dataclass
 class Pulse:
-    """Where this rank is. Written by the training thread only."""
+    """Where this rank is. Written by the training thread only. A collective sets `entered` first, then `waiting`."""
 
     step: int = 0
     phase: str = "build"
     moves: int = 0
     entered: int = 0                 # collectives of training's own group
-    waiting: bool = False            # in one, with nothing else to do
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    _waiting: bool = False
+    _seen: int = 0                   # `entered` when `waiting` was last set
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is in a collective with nothing else to do."""
+        return self._waiting
+
+    @waiting.setter
+    def waiting(self, waits: bool) -> None:
+        if waits:
+            self.watch.wait(meets=self.entered != self._seen)
+        elif self._waiting:
+            self.watch.go_on()
+        self._waiting, self._seen = waits, self.entered
 
 
 pulse = Pulse()
@@ -50,6 +67,7 @@ def mark(phase: str, step: int | None = None) -> None:
     """This rank has come so far: `phase` of `step`, null for the last mark's step. Every call counts as progress."""
     pulse.phase, pulse.step = phase, pulse.step if step is None else step
     pulse.moves += 1
+    pulse.watch.mark(phase)
 
 
 def when_lost(tell: Callable[[PeerError], None]) -> None:
@@ -63,6 +81,11 @@ def blame(reason: str) -> PeerError:
         return PeerError(f"another rank is gone or hangs: {reason}", f"rank {dist.get_rank()}",
                          f"its own message and log say why; {GO_ON}")
     return _heartbeat.explain(reason)
+
+
+def slow_ranks() -> tuple[Slow, ...]:
+    """Those that have kept the others waiting for a while now; none where there is no heartbeat."""
+    return () if _heartbeat is None else _heartbeat.pace.slow
 
 
 def start(store: dist.Store, rank: int, size: int, timeout_s: float, held_by_rank_0: bool) -> None:
@@ -89,6 +112,7 @@ class Heartbeat(threading.Thread):
         here, mine = machine(), process(os.getpid())
         self.rank, self.timeout_s = rank, timeout_s
         self.roll = Roll(size, timeout_s, lambda record: process_state(record, here))
+        self.pace = Pace(size)
         self._store, self._held_by_rank_0 = store, held_by_rank_0
         self._record = Record(0, 0, "build", 0, 0, False, socket.gethostname(), here if mine else "", os.getpid(),
                               mine[1] if mine else "")
@@ -120,6 +144,7 @@ class Heartbeat(threading.Thread):
         """Say where this rank is, hear the others, and judge unless it is leaving already."""
         records = self._exchange()
         self.roll.hear({**records, self.rank: self._record}, seconds)
+        self.pace.hear([peer.record for peer in self.roll.peers], seconds)
         if self._left is None and self._told is None and self._telling.acquire(blocking=False):
             verdict = (self.roll.gone(NOTICE_S) or self._alone()) if self._blind else self.roll.judge()
             if verdict is not None:
@@ -131,7 +156,8 @@ class Heartbeat(threading.Thread):
         left, blames = self._left or (None, ())
         self._record = replace(
             self._record, beat=self._record.beat + 1, step=pulse.step, phase=pulse.phase, moves=pulse.moves,
-            entered=pulse.entered, waiting=pulse.waiting, left=left, blames=blames)
+            entered=pulse.entered, waiting=pulse.waiting, left=left, blames=blames, parts=pulse.watch.steps,
+            part_seconds=pulse.watch.seconds)
         if self._call is None or self._call.settle():
             self._call = Call(self._talk, self._record.encode())
             self._call.join(ANSWER_S)

@@ -36,7 +36,8 @@ State = Literal["alive", "stopped", "gone"]
 @dataclass(frozen=True)
 class Record:
     """What a rank says of itself with every beat. `moves` counts its progress. `left` is null while it is here, else
-    its last words (empty: it left in order), and `blames` the ranks that it left for."""
+    its last words (empty: it left in order), and `blames` the ranks that it left for. `parts` and `part_seconds` are
+    the steps it measured and what they took it (pace.py)."""
 
     beat: int
     step: int
@@ -50,6 +51,8 @@ class Record:
     born: str
     left: str | None = None
     blames: tuple[int, ...] = ()
+    parts: int = 0
+    part_seconds: float = 0.0
 
     def encode(self) -> str:
         return json.dumps(asdict(self))

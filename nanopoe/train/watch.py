@@ -21,6 +21,7 @@ from rich.console import Console
 
 from nanopoe import dist
 from nanopoe.checkpoint.files import replace_file
+from nanopoe.dist import heartbeat
 from nanopoe.errors import ConfigError
 from nanopoe.train.console import Display, Header, eval_line, train_line
 from nanopoe.train.journal import Journal
@@ -50,6 +51,7 @@ class Watch:
         self._full: set[Path] = set()              # files that were told to wait for the disk
         self._wandb: Any = None
         self._smooth = Smooth()
+        self._slow: set[int] = set()               # ranks that are known to be
         with dist.agree(world.device):
             self._log = Journal(rank_log(self.run_dir, self.rank))
             if self.rank == 0:
@@ -83,6 +85,7 @@ class Watch:
             self._display.train(line, smooth)
         if self.step % self.every == 0 or self.step == self.header.total_steps:
             self._say(train_line(line, self.header.total_steps, smooth["seconds"]), live=False)
+        self._tell_slow()
 
     def eval(self, result: dict[str, Any], step: int | None = None) -> None:
         """An evaluation (nanopoe.train.evaluate) of the model after `step` updates, the present step by default."""
@@ -125,6 +128,21 @@ class Watch:
         self._write(self._log, f"{_now()} {text}")
         if self.rank == 0 and (self._display is None or live):
             self._print(text)
+
+    def _tell_slow(self) -> None:
+        """An event when a rank begins to keep the others waiting, and one when it no longer does. Ranks that run
+        different stages are not held against each other: their `idle` shares are in the train lines."""
+        if self.rank != 0 or self.header.grid:
+            return
+        slow = {s.rank: s for s in heartbeat.slow_ranks()}
+        for rank in slow.keys() - self._slow:
+            s = slow[rank]
+            self.event("slow rank", f"{rank} on {s.host}: its part of a step takes {s.seconds:.3g} s, "
+                       f"{s.seconds / s.median_seconds:.1f} x the median's {s.median_seconds:.3g} s; the others wait",
+                       rank=rank, host=s.host, seconds=s.seconds, median_seconds=s.median_seconds)
+        for rank in self._slow - slow.keys():
+            self.event("slow rank", f"{rank} keeps up again", rank=rank, over=True)
+        self._slow = set(slow)
 
     def _print(self, text: str) -> None:
         """A line to the console; on other ranks, which have none, to stderr."""
