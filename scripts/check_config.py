@@ -41,7 +41,11 @@ def task_of(exp: Experiment) -> str:
     if exp.specialist is not None:
         trained = sum(map(math.prod, trained_shapes(exp.model).values()))
         return f"specialist of {exp.model.specialists[-1].n_layer} layers on {exp.specialist.base}, trains {trained:,}"
-    return f"sft of {exp.init_from.path}" if exp.init_from is not None else "pretrain"
+    if exp.init_from is None:
+        return exp.task
+    if exp.task == "sft":
+        return f"sft of {exp.init_from.path}"
+    return f"pretrain from {exp.init_from.path}, {'with' if exp.init_from.optimizer else 'without'} its optimizer"
 
 
 @entrypoint

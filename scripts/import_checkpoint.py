@@ -38,7 +38,7 @@ the tokenizer   is the one CONFIG names. nanochat's tokenizer.pkl is not opened 
   python -c 'import pickle; from nanopoe.tokenizer import Tokenizer; e = pickle.load(open("tokenizer.pkl", "rb")); \\
       Tokenizer(e._mergeable_ranks, e._pat_str).save("data/tokenizer")'
 afterwards      evaluate, generate, export_hf, init_from and specialist.base take run_dir like any run. scripts.train
-                does not go on in it.
+                does not go on in it: name it in init_from of another run, with optimizer false.
 exit codes: 0 done, 2 the experiment does not describe it, 3 tokenizer, 4 no checkpoint, or other tensors, 7 storage"""
 
 

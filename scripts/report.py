@@ -25,13 +25,14 @@ writes report.html, one page that needs no network, report.md, and its pictures 
 
 def read(path: Path) -> RunStory:
     """A run with its experiment, which its newest checkpoint knows; a run can be looked at without."""
-    experiment, unknown = None, "there is no checkpoint"
+    experiment, unknown, lineage = None, "there is no checkpoint", []
     if list_steps(path):
         try:
-            experiment = open_checkpoint(path).experiment
+            newest = open_checkpoint(path)
+            experiment, lineage = newest.experiment, newest.state.get("lineage", [])
         except CheckpointError as error:
             unknown = f"the newest checkpoint {error.what}"
-    return load_run(path, experiment, unknown)
+    return load_run(path, experiment, unknown, lineage)
 
 
 @entrypoint

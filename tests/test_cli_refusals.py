@@ -166,8 +166,10 @@ def test_a_step_or_a_run_that_is_not_there(finished: Path, tmp_path: Path, cli: 
 def test_another_config_or_tokenizer_than_the_run(finished: Path, copied: Path, cli: Call) -> None:
     before = contents(finished / "run" / "checkpoints")
     refused(cli("train", finished / "tiny.yaml", "seed=8"), 4, "checkpoint", "trained with .*run_dir for a new run")
+    refused(cli("train", finished / "tiny.yaml", "schedule.cycles.1.steps=6"), 4, "checkpoint",
+            r"was trained with schedule\.cycles\.1\.steps 3, now 6; .*resume\.allow=\[schedule\.cycles\]")
     refused(cli("train", finished / "tiny.yaml", "schedule.cycles.0.steps=6"), 4, "checkpoint",
-            r"was trained with schedule\.cycles\.0\.steps 5, now 6; .*resume\.allow=\[schedule\.cycles\]")
+            "3 steps into cycle 1, which began at step 5; .*begin at 6")
     assert contents(finished / "run" / "checkpoints") == before
     (copied / "tokenizer" / "tokenizer.json").write_text("{}")
     refused(cli("evaluate", copied), 3, "data", "tokenizer.json: keys must be exactly")

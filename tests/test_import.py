@@ -141,7 +141,8 @@ def test_a_nanochat_folder_is_a_run(tmp_path: Path, config: Path, command: Any) 
     older = command("import_checkpoint", tmp_path / "d4", config, f"run_dir={tmp_path / 'older'}", "--step", "5")
     assert older.code == 0, older
     assert digest(open_checkpoint(tmp_path / "older")) != digest(checkpoint)                     # control
-    refused(command("train", config, longer), 4, "checkpoint", "it cannot be trained on")
+    refused(command("train", config, longer), 4, "checkpoint",
+            "holds imported weights alone; name this run in init_from of another")
 
 
 def test_a_poe_state_dict_keeps_its_stages(data: Path, tmp_path: Path, command: Any) -> None:

@@ -113,7 +113,7 @@ def test_curves_show_every_stage_the_pool_and_the_phases(tmp_path: Path, drawn: 
     poe, bp = drawn
     assert [ax.get_title(loc="left") for ax in poe.axes] == [
         "Training loss", "Stages and pool against the stages' mean", "Validation, full 0.8250 at step 140",
-        "Learning rate (shaded: warm-up, warm-down)"]
+        "Learning rate (ramps shaded, seams dashed)"]
     stages = ["stage 0", "stage 1", "stage 2", "stage 3"]
     assert [legend(ax) for ax in poe.axes] == [stages, [*stages, "pool"], [*stages, "full"], []]
     assert len(curve(poe.axes[0], "stage 0")[0]) == 139

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -256,13 +256,19 @@ def check_link(root: Checkpoint, link: Link, at: int) -> None:
         raise CheckpointError("was trained with another tokenizer than its base", link.path, "use its own base")
 
 
-def check_trunk(base: ModelConfig, mine: ModelConfig, where: str | os.PathLike[str]) -> None:
+STAGES = ("model.poe_mode", "model.stage_heads", "the stages' last layers")      # of `differences`
+
+
+def check_trunk(base: ModelConfig, mine: ModelConfig, where: str | os.PathLike[str],
+                free: Collection[str] = ()) -> None:
     """Nothing may have moved in the base: its stages, windows and value embeddings are where they were. Its context may
-    have grown, with the windows written out, which else would grow with it."""
+    have grown, with the windows written out, which else would grow with it. `free` may differ all the same."""
     if mine.sequence_len < base.sequence_len:
         raise CheckpointError(f"model.sequence_len {mine.sequence_len} is below its base's {base.sequence_len}", where,
                               "give it the base's, or more")
     for what, there, here in differences(base, mine):
+        if what in free:
+            continue
         raise CheckpointError(f"{what} is {here}, its base has {there}", where, "write the base's into its config")
 
 

@@ -85,8 +85,11 @@ def _task(exp: Experiment) -> Iterator[str]:
     task, given = exp.task, {"init_from": exp.init_from, "specialist": exp.specialist}
     needed = {"pretrain": None, "sft": "init_from", "specialist": "specialist"}[task]
     for key, value in given.items():
-        if (value is not None) != (key == needed):
+        if (value is not None) != (key == needed) and (key, task) != ("init_from", "pretrain"):
             yield f"{key}: {'needed' if key == needed else 'must be null'} with task {task}"
+    if exp.init_from is not None and (exp.init_from.optimizer is None) == (task == "pretrain"):
+        yield f"init_from.optimizer: {'needed' if task == 'pretrain' else 'must be null'} with task {task}" + (
+            ", true or false" if task == "pretrain" else ", which begins with an optimizer of its own")
     if bool(exp.model.specialists) != (task == "specialist"):
         yield f"model.specialists: {'needed' if task == 'specialist' else 'must be empty'} with task {task}"
     if (exp.optim.embedding_lr is None) != (task == "specialist"):

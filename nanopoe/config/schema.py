@@ -139,10 +139,14 @@ class OptimConfig(Strict):
 
 
 class StartConfig(Strict):
-    """Weights to start from. Their optimizer state, step and data position are not taken."""
+    """Weights to start from, in a run of its own: its schedule and its data begin at step 0."""
 
     path: str = Field(min_length=1, description="folder of a run")
     step: Count | None = Field(description="its checkpoint; null = the newest there is at the first start")
+    optimizer: bool | None = Field(
+        default=None, description="pretrain: true also takes its optimizer's moments, for every tensor that is trained "
+                                  "here; false begins with none, as it must where tensors are new. null with task sft, "
+                                  "which begins with none")
 
 
 class SpecialistConfig(Strict):
@@ -236,7 +240,8 @@ class Experiment(Strict):
     task: Literal["pretrain", "sft", "specialist"] = Field(
         default="pretrain", description="sft trains all weights of init_from on; specialist trains the last of "
                                         "model.specialists on a frozen base")
-    init_from: StartConfig | None = Field(default=None, description="sft: the weights to start from")
+    init_from: StartConfig | None = Field(
+        default=None, description="the weights to start from; sft needs it, pretrain may have it")
     specialist: SpecialistConfig | None = None
     model: ModelConfig
     objective: ObjectiveConfig

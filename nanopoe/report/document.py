@@ -18,6 +18,7 @@ from nanopoe.report.cells import Table, number, percent
 from nanopoe.report.compare import baseline_name, meeting_table
 from nanopoe.report.record import Record
 from nanopoe.report.runs import RunStory
+from nanopoe.report.seams import in_cycles, seams_table
 from nanopoe.report.tables import comparison_rows, escaped, markdown_table
 from nanopoe.report.tools import tools_tables
 from nanopoe.report.trajectory import (
@@ -70,7 +71,8 @@ def run_chapter(run: RunStory, pictures: dict[str, str]) -> Chapter:
 
     records, newest = run.records, run.newest
     sections = [
-        Section("Trajectory", "" if records else NOT_EVALUATED, drawn("trajectory"), list(score_tables(records))),
+        Section("Trajectory", "" if records else NOT_EVALUATED, drawn("trajectory"),
+                [in_cycles(run, table) for table in score_tables(records)]),
         Section("Training", _progress(run), drawn("curves")),
         Section("Tool calls", "", [], list(tools_tables(run.tools))),
     ]
@@ -123,10 +125,13 @@ def _what(run: RunStory) -> str:
 
 
 def _trained(experiment: Experiment) -> str:
-    """The task, what it begins with, and how much of the model it trains; nothing of a pretraining."""
+    """The task, what it begins with, and how much of the model it trains; nothing of a pretraining from the seed."""
     m, start = experiment.model, experiment.init_from
     if experiment.task == "sft":
         return f"Full fine-tuning (SFT){' of ' + _begun(start.path, start.step) if start else ''}: all is trained."
+    if experiment.specialist is None and start is not None:
+        return (f"Pretraining that begins with the weights of {_begun(start.path, start.step)}, "
+                f"{'and' if start.optimizer else 'without'} its optimizer's state.")
     if experiment.specialist is None:
         return ""
     below, new = experiment.specialist, m.specialists[-1].n_layer
@@ -174,7 +179,8 @@ def _experiment_sections(run: RunStory) -> list[Section]:
               f"{', '.join(s.name for s in d.val)}."
     config = yaml.safe_dump(dump_experiment(experiment), sort_keys=False, allow_unicode=True)
     return [Section("Data", packing, [], [_mixture(run, experiment)]),
-            Section("Schedule", "", [], [_cycles(run, experiment)]), Section("Configuration", code=config)]
+            Section("Schedule", "", [], [_cycles(run, experiment), *([seams] if (seams := seams_table(run)) else [])]),
+            Section("Configuration", code=config)]
 
 
 def _mixture(run: RunStory, experiment: Experiment) -> Table:

@@ -58,7 +58,7 @@ class Score(Part):
 
 
 class SourceScore(Score):
-    """What was trained on one source of conversations; `base` and `dual` are of a specialist."""
+    """What was trained, on one source of the validation split; `base` and `dual` are of a specialist."""
 
     targets: Count
     bytes: Annotated[int, Field(ge=1)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -28,6 +28,13 @@ class Phase:
     end: int
 
 
+class Change(Part):
+    """What the lineage has of one step: by key, [then, now]."""
+
+    step: Annotated[int, Field(ge=0)]
+    changed: dict[str, tuple[Any, Any]]
+
+
 class Source(Part):
     """How a source of the mixture came out: its share of the tokens, and how often it was gone through."""
 
@@ -40,8 +47,8 @@ class RunStory:
     """What can be read of a run, named as its folder.
 
     `train` are lines of metrics.jsonl, `evals` the evaluations in it, `records` the trajectory, by step, `sources` the
-    last word on the mixture, `tools` how tools were called, by step. Without `experiment`, `unknown` says why, and
-    there are no phases.
+    last word on the mixture, `tools` how tools were called, by step, `lineage` what was changed on the way. Without
+    `experiment`, `unknown` says why, and there are no phases.
     """
 
     name: str
@@ -53,6 +60,18 @@ class RunStory:
     unknown: str | None = None
     sources: dict[str, Source] = field(default_factory=dict)
     tools: list[ToolsRecord] = field(default_factory=list)
+    lineage: list[Change] = field(default_factory=list)
+
+    @property
+    def anchors(self) -> list[int]:
+        """The step at which each cycle of the schedule begins."""
+        cycles = sorted({phase.cycle for phase in self.phases})
+        return [min(phase.start for phase in self.phases if phase.cycle == cycle) for cycle in cycles]
+
+    @property
+    def seams(self) -> list[int]:
+        """Steps after which a further cycle begins, or something else was changed; they may lie ahead."""
+        return sorted({*self.anchors[1:], *(change.step for change in self.lineage if change.step)})
 
     @property
     def is_specialist(self) -> bool:
@@ -79,8 +98,10 @@ class RunStory:
         return {line["step"]: line["tokens"] for line in self.train if line.get("tokens") is not None}
 
 
-def load_run(path: str | Path, experiment: Experiment | None = None, unknown: str | None = None) -> RunStory:
-    """Read RUN/metrics.jsonl, RUN/evaluation/step_*.json and tools_step_*.jsonl; `experiment` gives the phases.
+def load_run(path: str | Path, experiment: Experiment | None = None, unknown: str | None = None,
+             lineage: Sequence[Any] = ()) -> RunStory:
+    """Read RUN/metrics.jsonl, RUN/evaluation/step_*.json and tools_step_*.jsonl; `experiment` gives the phases, and
+    `lineage` is that of its newest checkpoint.
 
     DataError when the folder holds neither, or a file is not what it should be. A torn last line of the metrics,
     as a run that is still writing leaves it, is not read.
@@ -91,6 +112,11 @@ def load_run(path: str | Path, experiment: Experiment | None = None, unknown: st
     records, tools = read_records(path / "evaluation"), read_tools_records(path / "evaluation")
     if not lines and not records and not tools:
         raise DataError("neither metrics.jsonl nor evaluation/step_*.json here", path, "give the folder of a run")
+    try:
+        changes = [Change.model_validate(entry, strict=False) for entry in lineage]
+    except ValidationError as error:
+        raise DataError(f"the lineage of its newest checkpoint: {first_problem(error)}", path,
+                        "use scripts.checkpoint verify") from error
     return RunStory(
         name=path.resolve().name,
         train=[line for line in lines if line.get("kind") == "train"],
@@ -102,6 +128,7 @@ def load_run(path: str | Path, experiment: Experiment | None = None, unknown: st
         sources=next((_Data.model_validate(line).sources for line in reversed(lines)
                       if line.get("kind") == "event" and line.get("event") == "data"), {}),
         tools=tools,
+        lineage=changes,
     )
 
 

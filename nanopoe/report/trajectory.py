@@ -11,7 +11,7 @@ from nanopoe.report.tables import SPECIALIST_NOTE, source_rows, stage_rows
 # -- what the stages know -----------------------------------------------------------------------------------------
 
 def score_tables(records: Sequence[Record]) -> Iterator[Table]:
-    """Bits per byte and accuracy of every view, of conversations also by source; what was read, where it differs."""
+    """Bits per byte and accuracy of every view, also by source if that is known; what was read, where it differs."""
     if not records:
         return
     yield from (_specialist_tables if any(r.specialists for r in records) else _view_tables)(records)
@@ -42,7 +42,8 @@ def _source_tables(records: Sequence[Record]) -> Iterator[Table]:
     if not told:
         return
     yield Table(f"By source, step {told[-1].step:,}", *source_rows(told[-1]),
-                "Each source of the validation split alone, on what the assistant says there.")
+                "Each source of the validation split alone" +
+                (", on what the assistant says there." if told[-1].asked == "question" else "."))
     names = list(dict.fromkeys(name for r in told for name in r.sources or {}))
     if len(told) > 1 and len(names) > 1:
         yield Table("Bits per byte by source", ["step", *names], [

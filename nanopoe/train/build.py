@@ -12,10 +12,10 @@ import torch
 
 from nanopoe import dist
 from nanopoe.checkpoint import Checkpoint, Saver, Target, clean, set_aside_after
-from nanopoe.checkpoint.cascade import Cascade, check_trunk, digest_of, open_cascade, weights_digest
+from nanopoe.checkpoint.cascade import STAGES, Cascade, check_trunk, digest_of, open_cascade, weights_digest
 from nanopoe.checkpoint.store import checkpoints_of
 from nanopoe.config import Experiment, Plan, config_hash, make_plan
-from nanopoe.config.counts import scaling_parameters
+from nanopoe.config.counts import parameter_shapes, scaling_parameters
 from nanopoe.config.plan import parameter_homes
 from nanopoe.data.audit import AUDIT
 from nanopoe.data.loader import Loader, maker, open_sources, train_loader
@@ -39,8 +39,9 @@ from nanopoe.train.restore import (
     load_weights,
     saved_weights,
     stored,
+    take_state,
 )
-from nanopoe.train.resume import Lineage, check_resume, covers
+from nanopoe.train.resume import Lineage, began, check_resume, covers
 from nanopoe.train.state_cache import StateCache
 
 # What the chat tokens begin as, in the order of their ids: words that mean about the same (SPEC 8).
@@ -99,6 +100,14 @@ def build_run(experiment: Experiment, world: World) -> Run:
     with dist.agree(world.device):
         start = find_start(experiment, tokenizer, checkpoint)
     check_same(start, world)
+    if start is not None and checkpoint is None and experiment.init_from is not None:
+        lineage = began(experiment.init_from, start.digest, start.step, start.new)
+        if experiment.init_from.optimizer:
+            with dist.agree(world.device):
+                start.cascade.base.verify(world.rank, world.size)
+            start.cascade.base.mark_verified()
+        if start.cascade.config.poe_mode == "none" != experiment.model.poe_mode:
+            warnings.append("a PoE has no backout: until they are trained on, the BP's weights compute something else")
     column = stage_column(experiment, plan)
     with dist.agree(world.device), out_of_memory(experiment, world.device):
         model = build_model(experiment, world, compute, checkpoint, start)
@@ -106,6 +115,8 @@ def build_run(experiment: Experiment, world: World) -> Run:
         if checkpoint is not None:
             check_state(optimizer, checkpoint)
             optimizer.load_state(checkpoint.optimizer_rows, stored(checkpoint, "optimizer_steps", int))
+        elif start is not None and experiment.init_from is not None and experiment.init_from.optimizer:
+            take_state(optimizer, start.cascade.base)
         loader, lineage = build_loader(experiment, tokenizer, plan, world, checkpoint, lineage)
     saver = build_saver(experiment, tokenizer, model, optimizer, world, checkpoint, start)
     run = Run(experiment, world, plan, Schedule(experiment.schedule.cycles), compute, tokenizer, model, optimizer,
@@ -140,17 +151,18 @@ def load_tokenizer(experiment: Experiment) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run stands on (specialist) or begins with (sft): the model, its digest and the step it is of; `words` are
-    what the chat tokens begin as, if they are to."""
+    """What a run stands on (specialist) or begins with (init_from): the model, its digest and the step it is of;
+    `words` are what the chat tokens begin as, if they are to; `new` are the parameters that it lacks."""
 
     cascade: Cascade
     digest: str
     step: int
     words: list[list[int]] | None
+    new: tuple[str, ...] = ()
 
 
 def find_start(experiment: Experiment, tokenizer: Tokenizer, checkpoint: Checkpoint | None) -> Start | None:
-    """The base of a specialist, or at its first start the weights an sft begins with; else null.
+    """The base of a specialist, or at the first start the weights of init_from; else null.
 
     CheckpointError when it is not there, has another shape or tokenizer, or is not what `checkpoint` was trained on.
     """
@@ -172,8 +184,10 @@ def find_start(experiment: Experiment, tokenizer: Tokenizer, checkpoint: Checkpo
         raise CheckpointError(f"is not the base this run was trained on, whose digest begins with {known['base'][:12]}",
                               path, "set specialist.base and base_step to the one it was trained on")
     warm = experiment.specialist is not None and experiment.specialist.warm_start
+    there = parameter_shapes(cascade.config)
     return Start(cascade, digest, cascade.links[-1].step if cascade.links else cascade.base.step,
-                 [tokenizer.encode(word) for word in WARM_WORDS] if warm else None)
+                 [tokenizer.encode(word) for word in WARM_WORDS] if warm else None,
+                 tuple(name for name in parameter_shapes(experiment.model) if name not in there))
 
 
 def check_same(start: Start | None, world: World) -> None:
@@ -186,14 +200,18 @@ def check_same(start: Start | None, world: World) -> None:
 
 
 def check_below(experiment: Experiment, cascade: Cascade, path: str, tokenizer: Tokenizer) -> None:
-    """The experiment must describe what stands in `path`, and add at most one specialist to it."""
-    check_trunk(cascade.base.experiment.model, experiment.model, path)
+    """The experiment must describe what stands in `path`, and add at most one specialist to it.
+
+    A pretraining may cut the same blocks into other stages, but not from under heads: each was trained for its place.
+    """
+    base, free = cascade.base.experiment.model, STAGES if experiment.task == "pretrain" else ()
+    check_trunk(base, experiment.model, path, free[:1] if base.stage_heads else free)
     there, here = cascade.config.specialists, experiment.model.specialists[:-1]
     if there != here:
         shown = [[s.n_layer for s in shapes] for shapes in (here, there)]
         raise CheckpointError(f"has specialists of {shown[1]} layers, model.specialists has {shown[0]} below the last",
                               path, "list the ones below, then the new one" if experiment.specialist else
-                              "full fine-tuning starts from a base: name one")
+                              f"task {experiment.task} starts from a base: name one")
     if experiment.specialist is not None and experiment.name in cascade.names:
         raise CheckpointError(f"has a specialist named {experiment.name} already", path, "give this run another name")
     if there and cascade.config.sequence_len != experiment.model.sequence_len:
@@ -246,9 +264,9 @@ def compile_blocks(model: GPT, compute: Compute, rows: int) -> None:
 
 def load_below(model: GPT, cascade: Cascade) -> None:
     """All parameters that stand in the cascade; the chat tokens are those of the specialist below, or the base's."""
-    last = f"specialists.{len(model.config.specialists) - 1}."
+    there = parameter_shapes(cascade.config)
     for name, p in model.named_parameters():
-        if not name.startswith(last) and (name != "chat_rows" or cascade.links):
+        if name in there:
             p.data.copy_(cascade.read(name))
     if model.config.specialists and not cascade.links:
         model.chat_rows.data.copy_(model.base_chat_rows())

@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 
+from nanopoe import dist
+from nanopoe.config import layout_of, valid_world_sizes
+from nanopoe.config.check import divisors
+from nanopoe.config.memory import GIB, memory_per_rank
 from nanopoe.config.schema import Experiment, RuntimeConfig
 from nanopoe.dist import World
 from nanopoe.errors import ConfigError
@@ -197,10 +201,45 @@ def out_of_memory(experiment: Experiment, device: torch.device) -> Iterator[None
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         rows, length = experiment.batch.device_batch_size, experiment.model.sequence_len
-        do = f"try batch.device_batch_size={rows // 2}: only rounding depends on it" if rows % 2 == 0 else \
-            "lower batch.device_batch_size" if rows > 1 else "use a shorter sequence, a smaller model or more memory"
-        raise ConfigError(f"out of memory at a peak of {memory_bytes(device) / 2**30:.1f} GiB with "
-                          f"batch.device_batch_size={rows}, model.sequence_len={length}", str(device), do) from error
+        raise ConfigError(f"out of memory at a peak of {memory_bytes(device) / GIB:.1f} GiB with "
+                          f"batch.device_batch_size={rows}, model.sequence_len={length}", str(device),
+                          knobs(experiment, device, dist.size())) from error
+
+
+def knobs(experiment: Experiment, device: torch.device, ranks: int) -> str:
+    """What makes a step need less memory, with values and what is planned with them: a smaller micro-batch, activation
+    checkpointing, and stages on different ranks or, where they cannot be, a shorter sequence."""
+    def changed(group: str, **values: Any) -> Experiment:
+        return here.model_copy(update={group: getattr(here, group).model_copy(update=values)})
+
+    here = planned_on(experiment, device)
+    rows, length, now = here.batch.device_batch_size, here.model.sequence_len, memory_per_rank(here, ranks).total
+    tries: list[tuple[str, str, Experiment]] = []
+    if rows > 1:
+        fewer = max(d for d in divisors(rows) if d < rows)
+        tries.append((f"batch.device_batch_size={fewer}", ", only rounding depends on it",
+                      changed("batch", device_batch_size=fewer)))
+    if not here.runtime.activation_checkpointing:
+        tries.append(("runtime.activation_checkpointing=true", "", changed("runtime", activation_checkpointing=True)))
+    apart = here.model.poe_mode == "flat" and here.objective.kind == "ce" and here.task != "specialist" and \
+        here.runtime.numerics == "fast"
+    stages = range(layout_of(here.model).n_stages, here.parallel.stages, -1) if apart else ()
+    parted = [(p, e) for p in stages if ranks in valid_world_sizes(e := changed("parallel", stages=p))]
+    if parted:
+        tries.append((f"parallel.stages={parted[0][0]}", "", parted[0][1]))
+    elif length % 2 == 0 and here.model.window_sizes is None:
+        tries.append((f"model.sequence_len={length // 2}", ", another experiment",
+                      changed("model", sequence_len=length // 2)))
+    planned = [(name, note, memory_per_rank(e, ranks).total) for name, note, e in tries]
+    found = [f"{name} ({total / GIB:,.2f}{note})" for name, note, total in planned if total < now]
+    if not found:
+        return "use a smaller model or more memory"
+    return f"of {now / GIB:,.2f} GiB planned, try {', '.join(found[:-1])}{' or ' * (len(found) > 1)}{found[-1]}"
+
+
+def planned_on(experiment: Experiment, device: torch.device) -> Experiment:
+    """As the memory planner wants it, which knows no device but by its name."""
+    return experiment.model_copy(update={"runtime": experiment.runtime.model_copy(update={"device": device.type})})
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from nanopoe.dist import World
 from nanopoe.schedule import Schedule
 from nanopoe.train.build import Run, build_run, validation
 from nanopoe.train.compute import Collector, expand_segments, memory_bytes, out_of_memory
+from nanopoe.train.doctor import preflight
 from nanopoe.train.drift import compare_ranks
 from nanopoe.train.evaluate import evaluate
 from nanopoe.train.saves import Saves
@@ -33,11 +34,13 @@ def train(experiment: Experiment, world: World, signals: Signals | None = None, 
     dist.mark("build", 0)
     expand_segments(world.device)
     with run_lock(experiment.out, world) as warnings:
+        healthy = preflight(experiment, world)
         run = build_run(experiment, world)
-        run.warnings += warnings
+        run.warnings += warnings + healthy.warnings
         status.begin(run.step, run.plan.total_steps, dist.gather_json(whoami(), world.device)[0])
         with run.loader, run.saver, watch_of(run) as watch, out_of_memory(experiment, world.device), \
                 Collector() as collector:
+            watch.event("doctor", healthy.line)
             go_on(run, watch, signals, status, collector)
     return run
 
@@ -51,6 +54,7 @@ def go_on(run: Run, watch: Watch, signals: Signals, status: Status, collector: C
     if run.resumed_from is not None:
         stop = stop or not evaluate_if_due(run, watch, signals)            # the run may have died before it
     while not stop and run.step < total:
+        tell_cycle(run, watch)
         position = advance(run, watch, warm=position is not None)
         collector.start()
         status.step = run.step
@@ -82,10 +86,30 @@ def greet(run: Run, watch: Watch) -> None:
     if (checkpoint := run.resumed_from) is not None:
         before = Schedule(checkpoint.experiment.schedule.cycles).lr_scale(max(run.step - 1, 0))
         changed = [key for entry in run.lineage if entry["step"] == run.step for key in entry["changed"]]
+        cycle, inside = run.schedule.cycle_at(run.step)
         watch.event("resumed", checkpoint=str(checkpoint.path), lr_scale_before=before,
-                    lr_scale=run.schedule.lr_scale(run.step), changed=changed or None, set_aside=run.set_aside or None)
+                    lr_scale=run.schedule.lr_scale(run.step), cycle=cycle, anchor=run.step - inside,
+                    changed=changed or None, set_aside=run.set_aside or None)
+    elif run.lineage:
+        begun = run.lineage[0]["changed"]["init_from"][1]
+        new = f"; initialised from the seed: {', '.join(begun['initialised'])}" if begun["initialised"] else ""
+        watch.event("begun", f"with the weights of {begun['path']}, step {begun['step']}, "
+                             f"{'and' if begun['optimizer'] else 'without'} its optimizer's state{new}", **begun)
     if run.step == run.plan.total_steps:
         watch.event("nothing to do", step=run.step)
+
+
+def tell_cycle(run: Run, watch: Watch) -> None:
+    """The seam, if the next update is the first of a further cycle: what changes from the update before it."""
+    schedule, step = run.schedule, run.step
+    cycle, inside = schedule.cycle_at(step)
+    if cycle == 0 or inside:
+        return
+    before, after = schedule.lr_scale(step - 1), schedule.lr_scale(step)
+    momentum = f"{schedule.momentum(step - 1):.3f} before, {schedule.momentum(step):.3f}"
+    watch.event("cycle", f"{cycle}, of {schedule.cycles[cycle].steps:,} steps, begins after step {step:,}: "
+                         f"lr x{before:.6g} before, x{after:.6g} from here; momentum {momentum} from here",
+                cycle=cycle, anchor=step, lr_scale_before=before, lr_scale=after)
 
 
 def advance(run: Run, watch: Watch, warm: bool) -> dict[str, Any]:

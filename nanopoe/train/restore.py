@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from nanopoe import dist
 from nanopoe.checkpoint import Checkpoint, list_steps, open_checkpoint, open_tokenizer, set_bad, step_before
 from nanopoe.checkpoint.cascade import is_delta, open_cascade
 from nanopoe.checkpoint.container import DTYPE_NAMES
+from nanopoe.checkpoint.format import Entry
 from nanopoe.checkpoint.store import hinted
 from nanopoe.config import Experiment
 from nanopoe.dist import World
@@ -89,13 +90,36 @@ def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
 
 def check_state(optimizer: DistMuonAdamW, checkpoint: Checkpoint) -> None:
     """CheckpointError naming the optimizer state that is missing, unknown or of another shape."""
+    check_tensors(state_shapes(optimizer), checkpoint, "the optimizer")
+
+
+def take_state(optimizer: DistMuonAdamW, other: Checkpoint) -> None:
+    """The moments of another run for all that is trained here, and how many updates they are of.
+
+    State of what is not trained here is left. CheckpointError names what is missing or of another shape: none is made
+    up, since a new tensor's moments would be corrected for updates that it has not seen.
+    """
+    held = other.optimizer_state
+    do = "set init_from.optimizer=false to begin with none"
+    if not held:
+        raise CheckpointError("holds no optimizer state", other.path, do)
+    expected = state_shapes(optimizer)
+    missing = [name for name in expected if name not in held]
+    if missing:
+        raise CheckpointError(f"lacks optimizer state of {first_of(missing)}", other.path, do)
+    check_shapes(expected, held, other.path, "the optimizer", do)
+    optimizer.load_state(other.optimizer_rows, stored(other, "optimizer_steps", int))
+
+
+def state_shapes(optimizer: DistMuonAdamW) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(safetensors dtype, shape) of the state of all that is trained, by `<param>::<slot>`."""
     expected = {}
     for name in optimizer.state_names():
         param, slot = name.split("::")
         p = optimizer.params[param]
         shape = second_moment_shape(*p.shape) if slot == "second" else tuple(p.shape)
         expected[name] = (DTYPE_NAMES[p.dtype], shape)
-    check_tensors(expected, checkpoint, "the optimizer")
+    return expected
 
 
 def check_tensors(expected: dict[str, tuple[str, tuple[int, ...]]], checkpoint: Checkpoint, whose: str) -> None:
@@ -103,13 +127,21 @@ def check_tensors(expected: dict[str, tuple[str, tuple[int, ...]]], checkpoint: 
     missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
     for problem, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(f"{problem} {', '.join(sorted(names)[:3])}{more}", checkpoint.path,
-                                  "use the run's own config")
+            raise CheckpointError(f"{problem} {first_of(sorted(names))}", checkpoint.path, "use the run's own config")
+    check_shapes(expected, found, checkpoint.path, whose, "use the run's own config")
+
+
+def check_shapes(expected: Mapping[str, tuple[str, tuple[int, ...]]], found: Mapping[str, Entry], where: Path,
+                 whose: str, do: str) -> None:
     for name, (dtype, shape) in expected.items():
         if (found[name].dtype, found[name].shape) != (dtype, shape):
             raise CheckpointError(f"{name} is {found[name].dtype} {list(found[name].shape)}, {whose} has {dtype} "
-                                  f"{list(shape)}", checkpoint.path, "use the run's own config")
+                                  f"{list(shape)}", where, do)
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first names as text."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def stored(checkpoint: Checkpoint, key: str, kind: type) -> Any:

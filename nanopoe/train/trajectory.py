@@ -110,19 +110,20 @@ def evaluate_checkpoint(run_dir: str | Path, step: int | None, request: Request,
 
 def source_figures(model: GPT, tokenizer: Tokenizer, experiment: Experiment, world: World, tokens: int | None,
                    whole: dict[str, Any]) -> dict[str, Any] | None:
-    """Of each source of validation conversations alone, on assistant tokens: {name: {bpb, accuracy, targets, bytes,
-    tokens, truncated, base, dual}}; null of text. Collective.
+    """Of each source of the validation split alone, of conversations on assistant tokens: {name: {bpb, accuracy,
+    targets, bytes, tokens, truncated, base, dual}}; null of text from one source. Collective.
 
     bpb and accuracy are those of what the run trains: the last specialist, or the full pool. base and dual (its pool
     with the base) are {bpb, accuracy} of a specialist, else null. `whole` is the result of all of them together, which
-    of a single source is its own.
+    of a single source is its own. Of conversations every source is read for `tokens`, of text for its equal share of
+    them: a mixture has many.
     """
-    if experiment.data.kind != "conversations":
-        return None
-    if len(experiment.data.val) == 1:
-        return {experiment.data.val[0].name: source_figure(whole)}
+    names, chats = [source.name for source in experiment.data.val], experiment.data.kind == "conversations"
+    if len(names) == 1:
+        return {names[0]: source_figure(whole)} if chats else None
+    each = tokens if chats else -(-(tokens or experiment.evaluation.tokens) // len(names))
     with dist.agree(world.device):
-        alone = validation_by_source(experiment, tokenizer, world, tokens)
+        alone = validation_by_source(experiment, tokenizer, world, each)
     return {name: source_figure({**evaluate(model, batches, tokenizer.token_bytes), "truncated": batches.truncated})
             for name, batches in alone.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from matplotlib.axes import Axes
 
 from nanopoe.report.plots.specialists import view_curves
 from nanopoe.report.plots.style import GREY, POOL, draw, head, known, marks, shade, stage_colours, steps_axis
+from nanopoe.report.record import Record
 from nanopoe.report.runs import RunStory
 
 
 def plot_curves(run: RunStory, path: str | Path) -> bool:
-    """Loss of every stage and the pool, bits per byte of its evaluations, learning rate; the LR cycles shaded.
+    """Loss of every stage and the pool, bits per byte of its evaluations, learning rate; the LR cycles shaded, and
+    a line where a further one begins or the run went on with something changed.
 
     Nothing is written, and False returned, for a run without metrics.
     """
@@ -31,7 +34,7 @@ def plot_curves(run: RunStory, path: str | Path) -> bool:
 
     def panel(fill: Callable[[Axes, RunStory], None], last: bool) -> Callable[[Axes], None]:
         def fill_panel(ax: Axes) -> None:
-            shade(ax, run.phases, 0, 1.01 * end)                     # room for the mark of the last step
+            shade(ax, run, 0, 1.01 * end)                     # room for the mark of the last step
             fill(ax, run)
             if last:
                 steps_axis(ax)
@@ -109,9 +112,9 @@ def _evaluations(ax: Axes, run: RunStory) -> None:
         return
     stages = max((e.n_stages for e in evals if e.bpb.stages), default=0)
     for k, colour in enumerate(stage_colours(stages)):
-        ax.plot(*known(steps, [_at(e.bpb.stages, k) for e in evals]), color=colour, linewidth=1.4, label=f"stage {k}",
+        ax.plot(*_apart(evals, [_at(e.bpb.stages, k) for e in evals]), color=colour, linewidth=1.4, label=f"stage {k}",
                 **marks(len(evals)))
-    ax.plot(steps, [e.bpb.full for e in evals], color=POOL, linewidth=2, label="full",
+    ax.plot(*_apart(evals, [e.bpb.full for e in evals]), color=POOL, linewidth=2, label="full",
             **{**marks(len(evals)), "marker": "D"})
     head(ax, f"Validation, full {evals[-1].bpb.full:.4f} at step {steps[-1]:,}", ylabel="bits per byte")
 
@@ -120,7 +123,8 @@ def _rates(ax: Axes, run: RunStory) -> None:
     """Learning-rate multiplier, with the phases named above it."""
     scales = [line.get("lr_scale") for line in run.train]
     ax.plot(*known([line["step"] for line in run.train], scales), color=POOL, linewidth=1.6)
-    head(ax, "Learning rate" + (" (shaded: warm-up, warm-down)" if run.phases else ""), ylabel="multiplier")
+    told = [*(["ramps shaded"] if run.phases else []), *(["seams dashed"] if run.seams else [])]
+    head(ax, "Learning rate" + (f" ({', '.join(told)})" if told else ""), ylabel="multiplier")
     ax.margins(y=0.15)
     ax.set_ylim(bottom=0)
     total = max((phase.end for phase in run.phases), default=1)
@@ -131,6 +135,14 @@ def _rates(ax: Axes, run: RunStory) -> None:
 
 
 # -- small things -------------------------------------------------------------------------------------------------
+
+def _apart(evals: Sequence[Record], values: Sequence[float | None]) -> tuple[list[int], list[float]]:
+    """Steps and values, with a gap in the curve where an evaluation read other bytes than the one before it."""
+    gapped = [((e.step, math.nan) if e.bytes != before.bytes else None, (e.step, value))
+              for before, e, value in zip([evals[0], *evals], evals, values, strict=False)]
+    points = [point for pair in gapped for point in pair if point is not None]
+    return known([step for step, _ in points], [value for _, value in points])
+
 
 def _reach(run: RunStory, count: int) -> int:
     """Half-width of the smoothing window in values, for `count` of them: the same number of steps for every curve."""

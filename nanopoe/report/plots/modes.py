@@ -98,7 +98,7 @@ def measured(record: Record) -> Mapping[str, Measured]:
 def _bounds(ax: Axes, run: RunStory, found: Found, names: tuple[str, str]) -> None:
     """A line per transition: of 99 % of the positions full, of all dashed."""
     steps = [r.step for r, _ in found]
-    over(ax, run.phases, steps)
+    over(ax, run, steps)
     looks: list[dict[str, Any]] = [{"linestyle": "-"}, {"linestyle": "--", "markerfacecolor": "white"}]
     for name, look in zip(names, looks, strict=True):
         bounds = [c.kinds[name][0] for _, c in found]
@@ -217,7 +217,7 @@ def marker_size(marker: str, size: float) -> float:
 
 def _speed_over_steps(ax: Axes, run: RunStory, records: list[Record]) -> None:
     steps = [r.step for r in records]
-    over(ax, run.phases, steps)
+    over(ax, run, steps)
     for name, (marker, colour) in MODE_LOOKS.items():
         speeds = [mode.measured_speedup if (mode := measured(r).get(name)) else None for r in records]
         at, values = known(steps, speeds)
@@ -267,7 +267,7 @@ def _regression(ax: Axes, found: Calibration) -> None:
 
 def _routing_over_steps(ax: Axes, run: RunStory, found: Found) -> None:
     steps = [r.step for r, _ in found]
-    over(ax, run.phases, steps)
+    over(ax, run, steps)
     for label, colour, value in (("answered by stage 0", COLOURS[0], lambda r: r.routed),
                                  ("stage 0 agrees with the pool", COLOURS[2], lambda r: r.agreement)):
         ax.plot(steps, [value(c.routing) for _, c in found], color=colour, linewidth=1.5, label=label,

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from nanopoe.report.runs import Phase
+from nanopoe.report.runs import RunStory
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#A6761D")
 POOL = "#000000"
@@ -97,20 +97,19 @@ def shown(text: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def shade(ax: Axes, phases: Sequence[Phase], first: float, last: float) -> None:
-    """Colour the phases from step `first` to `last`, show these only, and draw a line where a new cycle begins."""
-    for phase in phases:
+def shade(ax: Axes, run: RunStory, first: float, last: float) -> None:
+    """Colour the phases of the schedule from step `first` to `last`, show these only, and draw a line at each seam."""
+    for phase in run.phases:
         ax.axvspan(phase.start, phase.end, color=PHASE_SHADES[phase.kind], alpha=0.55, linewidth=0, zorder=0)
-    for cycle in sorted({phase.cycle for phase in phases} - {0}):
-        edge = min(phase.start for phase in phases if phase.cycle == cycle)
-        ax.axvline(edge, color="#888888", linestyle="--", linewidth=1)
+    for step in run.seams:
+        ax.axvline(step, color="#555555", linestyle="--", linewidth=1.2)
     ax.set_xlim(first, last)
 
 
-def over(ax: Axes, phases: Sequence[Phase], steps: Sequence[int]) -> None:
+def over(ax: Axes, run: RunStory, steps: Sequence[int]) -> None:
     """An axis of evaluated steps, with a little room beside them, and the phases of the schedule behind it."""
     room = 0.03 * (steps[-1] - steps[0])
-    shade(ax, phases, steps[0] - room, steps[-1] + room)
+    shade(ax, run, steps[0] - room, steps[-1] + room)
     steps_axis(ax)
 
 

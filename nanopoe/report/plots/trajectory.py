@@ -46,7 +46,7 @@ def plot_alpha(run: RunStory, path: str | Path) -> bool:
 def over_steps(run: RunStory, fill: Callable[[Axes, RunStory], None]) -> Callable[[Axes], None]:
     """A panel over the evaluated steps, with the phases of the schedule behind it."""
     def panel(ax: Axes) -> None:
-        over(ax, run.phases, [record.step for record in run.records])
+        over(ax, run, [record.step for record in run.records])
         fill(ax, run)
     return panel
 
