@@ -134,6 +134,7 @@ def held_up(pid: int) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.slow                                                     # other work on the machine makes a rank slow, too
 def test_a_rank_that_is_held_up_is_named_until_it_keeps_up(tmp_path: Path, data: Path) -> None:
     """Control: before that, both ranks are even, and nobody is named."""
     experiment = experiment_dict(data, tmp_path / "run", **{
