@@ -249,6 +249,7 @@ def test_a_kernel_can_be_forced(gpu: Callable[..., None]) -> None:
                          ("auto", "FlashAttention 2")):
         assert choose_kernel(CUDA, torch.bfloat16, name).name == wanted
         assert windowed_kernel(CUDA, torch.bfloat16).name == wanted
+    assert choose_kernel(CUDA, torch.bfloat16, documents=True).name == "FlexAttention"     # flash knows no documents
 
 
 @pytest.mark.parametrize("name", ["flash", "flex"])
@@ -276,10 +277,12 @@ def heads(n: int, *kv: int, length: int = 150) -> list[Tensor]:
     return [torch.randn(1, h, length, 16, generator=generator).requires_grad_() for h in (n, *kv)]
 
 
-def test_the_operator_in_a_graph_is_the_function_outside() -> None:
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_operator_in_a_graph_is_the_function_outside(documents: bool) -> None:
     q, k, v = (x[0] for x in heads(2, 2, 2))
-    torch.library.opcheck(windows._opaque_blocks, (q.detach(), k.detach().requires_grad_(), v.detach(), 70))
-    outputs = [run(q, k, v, 70) for run in (windows._opaque_blocks, windows._Blocks.apply)]
+    starts = torch.arange(150).floor_divide(60).mul(60).unsqueeze(0) if documents else None
+    torch.library.opcheck(windows._opaque_blocks, (q.detach(), k.detach().requires_grad_(), v.detach(), 70, starts))
+    outputs = [run(q, k, v, 70, starts) for run in (windows._opaque_blocks, windows._Blocks.apply)]
     assert torch.equal(*outputs)
     for mine, other in zip(*(torch.autograd.grad(y.sin().sum(), (q, k, v)) for y in outputs), strict=True):
         assert torch.equal(mine, other) and mine.any()
@@ -298,6 +301,13 @@ def test_kernels_of_a_gpu_fit_into_one_graph(kernel: Any, monkeypatch: pytest.Mo
     whole = torch.compile(attend, dynamic=False, fullgraph=True, backend="eager")
     torch.testing.assert_close(whole(q, k, v, 100), expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(whole(q, k, v, 99), expected, atol=1e-3)           # control
+    ids = torch.ones(1, 256, dtype=torch.int64)
+    ids[:, [0, 100, 130]] = 0                                                    # where documents begin
+    for window in (100, 256):
+        documents = windows.find_documents(ids, 0, [100, 256], torch.float32)
+        cut = torch.cat([attend(*(x[:, :, a:b] for x in (q, k, v)), window)
+                         for a, b in ((0, 100), (100, 130), (130, 256))], dim=2)
+        torch.testing.assert_close(whole(q, k, v, window, None, documents), cut, rtol=1e-5, atol=1e-6)
 
 
 # -- the collector ----------------------------------------------------------------------------------------------------

@@ -39,9 +39,9 @@ def joint_loss(model: GPT, ids: torch.Tensor, targets: torch.Tensor, objective: 
     """The total loss (mean over targets) written plainly: one graph, `detach` at each boundary if flat."""
     K, cut = model.layout.n_stages, model.config.poe_mode == "flat"
     x0 = model.embed(ids)
-    x, rope, logps, losses = x0, model.rope(ids), [], []
+    x, places, logps, losses = x0, model.positions(ids), [], []
     for k in range(K):
-        x = model.run_stage(k, x, x0.detach() if model.config.detach_x0 and k else x0, ids, rope)
+        x = model.run_stage(k, x, x0.detach() if model.config.detach_x0 and k else x0, ids, places)
         logp = model.stage_logits(x, k).log_softmax(-1).flatten(0, 1)
         ce = F.nll_loss(logp, targets.flatten())
         if objective.kind == "residual_logop":

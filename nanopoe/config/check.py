@@ -15,7 +15,7 @@ SMALLEST_VOCAB = 256 + 9      # every byte, and the nine special tokens
 
 def check(exp: Experiment) -> list[str]:
     """Problems of an experiment whose fields are valid one by one, `key: what` a line; empty if there are none."""
-    return [*check_model(exp.model), *_task(exp), *_objective(exp), *_parallel(exp),
+    return [*check_model(exp.model), *_task(exp), *_objective(exp), *_parallel(exp), *_attention(exp), *_float8(exp),
             *_batch(exp), *_data(exp.data), *_folders(exp),
             *(p for i, cycle in enumerate(exp.schedule.cycles) for p in _cycle(i, cycle))]
 
@@ -146,6 +146,23 @@ def _parallel(exp: Experiment) -> Iterator[str]:
     if exp.runtime.numerics == "strict":
         yield (f"parallel.stages: must be 1 with runtime.numerics strict, got {P}; gradients of shared parameters are "
                "added up by rank, which is another order")
+
+
+def _attention(exp: Experiment) -> Iterator[str]:
+    if exp.data.document_mask and exp.runtime.attention == "flash":
+        yield "runtime.attention: flash has no masks of documents (data.document_mask); use auto or flex"
+
+
+def _float8(exp: Experiment) -> Iterator[str]:
+    """Tensor cores take 16 numbers of 8 bits at a time, along every side of a product."""
+    if not exp.runtime.float8:
+        return
+    m, rows = exp.model, exp.batch.device_batch_size * exp.model.sequence_len
+    for key, size in (("model.n_embd", m.n_embd), ("model.n_kv_head", m.n_embd // m.n_head * m.n_kv_head),
+                      ("model.intermediate_size", m.intermediate_size or 4 * m.n_embd),
+                      ("batch.device_batch_size", rows)):
+        if size % 16:
+            yield f"{key}: with runtime.float8 products need sides that are multiples of 16, this makes one of {size}"
 
 
 def _batch(exp: Experiment) -> Iterator[str]:

@@ -4,7 +4,7 @@ A step is walked through as it runs (model/stages.py, model/head.py, optim/dist_
 block's backward, the embedding's, the reduction and every parcel of the update is a Moment, and the fullest counts.
 Weights and optimizer state are there at all of them. Measured beside it: `scripts.bench memory`. Of a GPU no figure was
 measured: its norm and attention count as fused kernels, blocks as not compiled, and what libraries take or is lost
-between blocks of memory is not in it. Evaluations and saves are no part of a step.
+between blocks of memory is not in it; runtime.float8 counts as bfloat16. Evaluations and saves are no part of a step.
 
 Letters: R rows x length of a micro-batch, d width, V vocabulary, u = R d elements in the compute dtype.
 """
@@ -151,7 +151,7 @@ class Step:
         norm = self.upcast // (R * d)                            # bytes of an element that a norm keeps
         total = self.u + 2 * self.upcast + 2 * self.u + R * (d + self.kv) * norm
         windowed = layer is not None and self.layout.window_sizes[layer] < self.m.sequence_len - 1
-        if windowed and self.cpu:
+        if (windowed or self.exp.data.document_mask) and self.cpu:
             total += 3 * R * d * FP32 + self.u
         else:
             total += R * (2 * d + 2 * self.kv) * s + R * H * FP32

@@ -99,6 +99,9 @@ class DataConfig(Strict):
     json_layout_prob: Fraction | None = Field(
         default=None, description="conversations: share of those with tools whose JSON is laid out anew, with indent "
                                   "4, indent 2 or compact; null for text")
+    document_mask: bool = Field(
+        default=False, description="no position of a row reads from another document than its own, neither by "
+                                   "attention nor by smear; false = a row is one context, as published")
     replay_steps: Positive | None = Field(
         default=None, description="the order of batches begins anew every so many steps: later passes read the very "
                                   "same rows, so that what a frozen base computed for them can be kept")
@@ -178,6 +181,9 @@ class RuntimeConfig(Strict):
         default="auto", description="kernel of windowed attention: flash = FlashAttention 3 or 2, flex = "
                                     "FlexAttention, blocks = ours, of matmuls or PyTorch's attention; auto = the first "
                                     "that fits")
+    float8: bool = Field(
+        default=False, description="matrix products of the blocks that are trained in 8-bit floats, for NVIDIA GPUs "
+                                   "from Ada and Hopper on; less exact than bfloat16")
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="torch.compile of the blocks for batches of the training's shape; auto is off on a "
                                     "CPU, and on a GPU with triton on")

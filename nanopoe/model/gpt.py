@@ -24,8 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from nanopoe.config.layout import CHAT_TOKENS, SMEAR_CHANNELS, VE_GATE_CHANNELS, Layout, layout_of
 from nanopoe.config.schema import ModelConfig
-from nanopoe.model.attention import attend, rotary_tables, rotate
+from nanopoe.model.attention import Positions, attend, rotary_tables, rotate
+from nanopoe.model.float8 import float8_linear
 from nanopoe.model.pool import aggregate
+from nanopoe.model.windows import find_documents
 
 SOFTCAP = 15.0
 QK_SCALE = 1.2           # sharpens attention after QK norm; applied to q and to k
@@ -43,12 +45,17 @@ def capped_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """No bias; fp32 master weight cast to the dtype of its input. We use this instead of autocast."""
+    """No bias; fp32 master weight cast to the dtype of its input. We use this instead of autocast. With `float8`, set
+    from outside, what is trained runs in 8 bits, and what runs without gradient as it did."""
+
+    float8 = False
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.float8 and torch.is_grad_enabled():
+            return float8_linear(x, self.weight)
         # contiguous: of a slice torch would choose the kernel, and so the last bits, by whether the weight is trainable
         return F.linear(x.contiguous(), self.weight.to(x.dtype))
 
@@ -64,7 +71,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(m.n_embd, m.n_embd)
         self.ve_gate = Linear(VE_GATE_CHANNELS, m.n_kv_head) if ve else None
 
-    def forward(self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, ve: Tensor | None, places: Positions) -> Tensor:
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
@@ -73,10 +80,10 @@ class Attention(nn.Module):
             assert ve is not None
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))     # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        q = norm(rotate(q, *rope)) * QK_SCALE                                     # rotate first, then QK norm
-        k = norm(rotate(k, *rope)) * QK_SCALE
+        q = norm(rotate(q, places.cos, places.sin)) * QK_SCALE                 # rotate first, then QK norm
+        k = norm(rotate(k, places.cos, places.sin)) * QK_SCALE
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)         # (B, H, T, D)
-        y = attend(q, k, v, self.window)
+        y = attend(q, k, v, self.window, documents=places.documents)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -115,23 +122,23 @@ class Block(nn.Module):
         self.attn = Attention(m, layout, window, ve)
         self.mlp = MLP(m, layout)
 
-    def forward(self, x: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attn(norm(x), ve, rope)
+    def forward(self, x: Tensor, ve: Tensor | None, places: Positions) -> Tensor:
+        x = x + self.attn(norm(x), ve, places)
         return x + self.mlp(norm(x))
 
 
 def enter_block(block: Block, r: Tensor, c: Tensor, x: Tensor, x0: Tensor, ve: Tensor | None,
-                rope: tuple[Tensor, Tensor]) -> Tensor:
+                places: Positions) -> Tensor:
     """Residual stream x (B, T, D) behind a block that reads r x + c x0. What is compiled (train/build.py)."""
-    return block(r.to(x.dtype) * x + c.to(x.dtype) * x0, ve, rope)
+    return block(r.to(x.dtype) * x + c.to(x.dtype) * x0, ve, places)
 
 
 def run_layer(enter: Callable[..., Tensor], block: Block, table: nn.Module | None, r: Tensor, c: Tensor, x: Tensor,
-              x0: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+              x0: Tensor, ids: Tensor, places: Positions) -> Tensor:
     """enter_block with value embeddings of `ids` (B, T) from `table`, if there is one. What is run again in a backward
     with activation checkpointing. The look-up is not compiled: Inductor would add its gradient with atomics on a GPU.
     """
-    return enter(block, r, c, x, x0, None if table is None else table(ids).to(x.dtype), rope)
+    return enter(block, r, c, x, x0, None if table is None else table(ids).to(x.dtype), places)
 
 
 Layer = Callable[..., Tensor]        # run_layer but for its first argument
@@ -151,9 +158,9 @@ class Specialist(nn.Module):
         self.resid_lambdas = nn.Parameter(torch.empty(n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(n_layer))
 
-    def forward(self, x: Tensor, x0: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor], layer: Layer) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, ids: Tensor, places: Positions, layer: Layer) -> Tensor:
         for block, r, c in zip(self.h, self.resid_lambdas, self.x0_lambdas, strict=True):
-            x = layer(block, None, r, c, x, x0, ids, rope)
+            x = layer(block, None, r, c, x, x0, ids, places)
         return x
 
 
@@ -163,10 +170,12 @@ class GPT(nn.Module):
     Build on any device (also "meta"), then `to_empty` and `init_weights` or load a state dict. `compute_dtype` is
     the dtype of activations; the weights stay fp32. With specialists only the last of them is trainable.
 
-    How blocks are run is set from outside: `recompute` keeps of each that is trained its input alone, and `compiled`
-    is a compiled enter_block for batches of shape `compiled_for`, (B, T). Both are no part of the state dict.
+    How it is run is set from outside and no part of the state dict: with `document_mask` no position of a packed row
+    reads from another document than its own, `recompute` keeps of each block that is trained its input alone, and
+    `compiled` is a compiled enter_block for batches of shape `compiled_for`, (B, T).
     """
 
+    document_mask = False
     recompute = False
     compiled: Callable[..., Tensor] | None = None
     compiled_for: tuple[int, int] | None = None
@@ -256,11 +265,22 @@ class GPT(nn.Module):
         # lambda * gate(x_t) * x_{t-1}, with the *pre-smear* x_{t-1}; nothing comes before the first position
         now, before = x[:, 1:], x[:, :-1]
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(now[..., :SMEAR_CHANNELS]))
+        if self.document_mask:
+            gate = gate.masked_fill((ids[:, 1:] == self.bos).unsqueeze(-1), 0.0)
         return torch.cat([x[:, :1], now + gate * before], dim=1)
 
-    def rope(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary tables for the positions of `ids` (B, T)."""
-        return rotary_tables(torch.arange(ids.size(1), device=ids.device), self.layout.head_dim, self.compute_dtype)
+    @property
+    def bos(self) -> int:
+        return self.config.vocab_size - CHAT_TOKENS - 1
+
+    def positions(self, ids: Tensor) -> Positions:
+        """What blocks know of the places of `ids` (B, T). Rotary angles count from the row's beginning: attention reads
+        differences alone."""
+        tables = rotary_tables(torch.arange(ids.size(1), device=ids.device), self.layout.head_dim, self.compute_dtype)
+        if not self.document_mask:
+            return Positions(*tables)
+        windows = (*self.layout.window_sizes, self.config.sequence_len)
+        return Positions(*tables, find_documents(ids, self.bos, windows, self.compute_dtype))
 
     def layer(self, ids: Tensor) -> Layer:
         """How a block is run on a batch of `ids` (B, T), now."""
@@ -270,15 +290,15 @@ class GPT(nn.Module):
             return partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)      # nothing is random
         return layer
 
-    def run_stage(self, k: int, x: Tensor, x0: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def run_stage(self, k: int, x: Tensor, x0: Tensor, ids: Tensor, places: Positions) -> Tensor:
         """The blocks of stage k: residual stream x (B, T, D) at its entry -> at its boundary."""
         layer = self.layer(ids)
         if k >= self.layout.n_stages:
-            return cast(Tensor, self.specialists[k - self.layout.n_stages](x, x0, ids, rope, layer))
+            return cast(Tensor, self.specialists[k - self.layout.n_stages](x, x0, ids, places, layer))
         middle, blocks = None, cast(nn.ModuleList, self.transformer["h"])
         for i in self.layout.stage_layers(k):
             table = self.value_embeds[str(i)] if i in self.layout.ve_layers else None
-            x = layer(blocks[i], table, self.resid_lambdas[i], self.x0_lambdas[i], x, x0, ids, rope)
+            x = layer(blocks[i], table, self.resid_lambdas[i], self.x0_lambdas[i], x, x0, ids, places)
             if i == self.config.n_layer // 2:
                 middle = x
         if self.config.poe_mode == "none":                           # backout: BP's only stage holds layer L//2
@@ -310,14 +330,14 @@ class GPT(nn.Module):
 
         Without gradients cut: training does that in stages.py.
         """
-        x0, rope = self.embed(ids), self.rope(ids)
+        x0, places = self.embed(ids), self.positions(ids)
         x, states = x0, []
         for k in range(self.layout.n_stages):
-            x = self.run_stage(k, x, x0, ids, rope)
+            x = self.run_stage(k, x, x0, ids, places)
             states.append(x)
         for i in range(len(self.config.specialists)):
             k = self.layout.n_stages + i
-            states.append(self.run_stage(k, states[self.layout.input_of(k)], x0, ids, rope))
+            states.append(self.run_stage(k, states[self.layout.input_of(k)], x0, ids, places))
         return states
 
     def forward(self, ids: Tensor) -> Tensor:

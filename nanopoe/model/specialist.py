@@ -16,6 +16,7 @@ from torch import Tensor
 from nanopoe.config.layout import CHAT_TOKENS
 from nanopoe.config.schema import ObjectiveConfig
 from nanopoe.errors import NumericsError
+from nanopoe.model.attention import Positions
 from nanopoe.model.gpt import GPT, Specialist
 from nanopoe.model.loss import IGNORE
 from nanopoe.model.stages import MicroLosses, backward_stages, head_backward, head_chunks
@@ -37,12 +38,12 @@ def backward_specialist(model: GPT, ids: Tensor, targets: Tensor, objective: Obj
 
     `keep` may answer from memory what the frozen part computes for these ids.
     """
-    k, rope = model.layout.n_stages + len(model.config.specialists) - 1, model.rope(ids)
+    k, places = model.layout.n_stages + len(model.config.specialists) - 1, model.positions(ids)
     with torch.no_grad():
         x0 = model.embed(ids)
-        compute = partial(frozen_state, model, x0, ids, rope)
+        compute = partial(frozen_state, model, x0, ids, places)
         x = compute() if keep is None else keep(ids, compute)
-    x = model.run_stage(k, x, x0, ids, rope)
+    x = model.run_stage(k, x, x0, ids, places)
     loss, ce, grad = head_backward(model, x, k, targets, head_chunks(targets, model.config.vocab_size), None, objective,
                                    scale)
     torch.autograd.backward(x, grad)
@@ -50,11 +51,11 @@ def backward_specialist(model: GPT, ids: Tensor, targets: Tensor, objective: Obj
 
 
 @torch.no_grad()
-def frozen_state(model: GPT, x0: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def frozen_state(model: GPT, x0: Tensor, ids: Tensor, places: Positions) -> Tensor:
     """(B, T, D) that the last specialist reads: x0 through the base and the specialists below."""
     K, x = model.layout.n_stages, x0
     for k in (*range(K), *(K + i for i in model.layout.chains[-1][:-1])):
-        x = model.run_stage(k, x, x0, ids, rope)
+        x = model.run_stage(k, x, x0, ids, places)
     return x
 
 
@@ -78,7 +79,7 @@ def scale_entry(model: GPT, seed: int) -> None:
     """
     shape, generator = (4, min(256, model.config.sequence_len)), torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.chat_rows.device)
-    state = frozen_state(model, model.embed(ids), ids, model.rope(ids))
+    state = frozen_state(model, model.embed(ids), ids, model.positions(ids))
     rms = float(state.float().square().mean().sqrt())
     if not 0 < rms < math.inf:
         raise NumericsError(f"the base's last state is of size {rms}", "specialist.scale_entry",

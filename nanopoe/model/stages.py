@@ -77,12 +77,12 @@ def backward_stages(model: GPT, ids: Tensor, targets: Tensor, objective: Objecti
         pool = [torch.zeros(len(rows), model.config.vocab_size, device=ids.device) for rows in chunks]
     embedded = model.embed(ids)
     x0 = embedded.detach().requires_grad_()                           # stages leave their gradients in x0.grad
-    rope = model.rope(ids)
+    places = model.positions(ids)
     x = x0 if part is None else part.enter(x0)
     boundaries, gradients, totals, plain = [], [], [], []
     for k in stages:
         injected = x0.detach() if model.config.detach_x0 and k > 0 else x0
-        x = model.run_stage(k, x, injected, ids, rope)
+        x = model.run_stage(k, x, injected, ids, places)
         if part is not None and k == stages[-1]:
             part.leave(x.detach())
         loss, ce, grad = head_backward(model, x, k, targets, chunks, pool, objective, scale * weight)

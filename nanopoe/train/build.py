@@ -23,7 +23,7 @@ from nanopoe.data.validation import EvalBatches, eval_batches
 from nanopoe.dist import World
 from nanopoe.errors import CheckpointError, DataError, everywhere
 from nanopoe.model import GPT
-from nanopoe.model.gpt import enter_block
+from nanopoe.model.gpt import Linear, enter_block
 from nanopoe.model.specialist import scale_entry, warm_start
 from nanopoe.model.stages import shared_parameters
 from nanopoe.model.windows import prepare
@@ -96,7 +96,8 @@ def build_run(experiment: Experiment, world: World) -> Run:
         if checkpoint is not None:
             lineage = check_resume(experiment, checkpoint, tokenizer)
         open_sources(experiment.data.val, experiment.data.kind)  # a wrong path must not wait for an evaluation
-        compute = choose_compute(experiment.runtime, world, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+        compute = choose_compute(experiment.runtime, world, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)),
+                                 experiment.data.document_mask)
     with dist.agree(world.device):
         start = find_start(experiment, tokenizer, checkpoint)
     check_same(start, world)
@@ -125,7 +126,8 @@ def build_run(experiment: Experiment, world: World) -> Run:
     if experiment.specialist is not None and experiment.specialist.cache_states:
         assert start is not None
         below = digest_of([("chat_rows", model.chat_rows)], start.digest)         # all that the states depend on
-        how = f"{compute_of(model)}-{world.device.type}{'-compiled' * compute.compiled}"
+        how = (f"{compute_of(model)}-{world.device.type}{'-compiled' * compute.compiled}"
+               f"{'-documents' * model.document_mask}")
         run.keep = StateCache(run.folder / "cache" / f"{below[:32]}-{how}", experiment.model.n_embd,
                               model.compute_dtype)
     if checkpoint is not None:
@@ -239,10 +241,19 @@ def build_model(experiment: Experiment, world: World, compute: Compute, checkpoi
             scale_entry(model, experiment.seed)
     if checkpoint is not None:
         load_weights(model, checkpoint)
-    model.recompute = experiment.runtime.activation_checkpointing
+    model.recompute, model.document_mask = experiment.runtime.activation_checkpointing, experiment.data.document_mask
+    if experiment.runtime.float8:
+        use_float8(model)
     if compute.compiled:
         compile_blocks(model, compute, experiment.batch.device_batch_size)
     return model
+
+
+def use_float8(model: GPT) -> None:
+    """In the large matrices of blocks that are trained; gates are too narrow, and heads too sensitive."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and ".h." in f".{name}" and not name.endswith("gate"):
+            module.float8 = module.weight.requires_grad
 
 
 def compile_blocks(model: GPT, compute: Compute, rows: int) -> None:
@@ -329,8 +340,9 @@ def build_saver(experiment: Experiment, tokenizer: Tokenizer, model: GPT, optimi
 
 
 def compute_of(model: GPT) -> str:
-    """The dtype of activations as recorded with a checkpoint: "float32"."""
-    return str(model.compute_dtype).removeprefix("torch.")
+    """How blocks compute, as recorded with a checkpoint: "float32", "bfloat16+float8"."""
+    eight = any(module.float8 for module in model.modules() if isinstance(module, Linear))
+    return str(model.compute_dtype).removeprefix("torch.") + "+float8" * eight
 
 
 def keep_tokenizer(source: Path, run: Path) -> None:

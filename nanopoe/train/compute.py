@@ -23,6 +23,7 @@ from nanopoe.config.memory import GIB, memory_per_rank
 from nanopoe.config.schema import Experiment, RuntimeConfig
 from nanopoe.dist import World
 from nanopoe.errors import ConfigError
+from nanopoe.model.float8 import check_float8
 from nanopoe.model.windows import Kernel, choose_kernel
 
 # Dense bf16 FLOP/s of data sheets, by a part of the device's name; what is not listed is measured.
@@ -42,11 +43,13 @@ class Compute:
     compiled: bool           # whether blocks are, for batches of the training's shape
 
 
-def choose_compute(runtime: RuntimeConfig, world: World, ranks_here: int) -> Compute:
-    """Set up this process and say what was chosen. ConfigError for a dtype the device does not compute in, and for a
-    kernel of attention or a compiler that is not there."""
+def choose_compute(runtime: RuntimeConfig, world: World, ranks_here: int, documents: bool = False) -> Compute:
+    """Set up this process and say what was chosen, for data.document_mask if `documents`. ConfigError for a dtype the
+    device does not compute in, and for a kernel of attention or a compiler that is not there."""
+    if runtime.float8:
+        check_float8(world.device)
     if world.device.type == "cuda":
-        return _choose_cuda(runtime, world.device)
+        return _choose_cuda(runtime, world.device, documents)
     return _choose_cpu(runtime, world.device, ranks_here)
 
 
@@ -60,11 +63,11 @@ def _choose_cpu(runtime: RuntimeConfig, device: torch.device, ranks_here: int) -
     if dtype == torch.float32:
         reason += f"; {choose_fp32_matmul()}"
     kernel, compiled = choose_kernel(device, dtype, runtime.attention), choose_compiler(runtime, device)
-    return Compute(dtype, f"{reason}; {threads} thread{'s' * (threads > 1)}; {_how(kernel, compiled)}",
+    return Compute(dtype, f"{reason}; {threads} thread{'s' * (threads > 1)}; {_how(runtime, kernel, compiled)}",
                    measured_peak(device, dtype), platform.processor() or platform.machine(), kernel, compiled)
 
 
-def _choose_cuda(runtime: RuntimeConfig, device: torch.device) -> Compute:
+def _choose_cuda(runtime: RuntimeConfig, device: torch.device, documents: bool) -> Compute:
     expand_segments(device)
     supported = torch.cuda.is_bf16_supported(including_emulation=False)
     if runtime.compute_dtype == "bfloat16" and not supported:
@@ -78,13 +81,15 @@ def _choose_cuda(runtime: RuntimeConfig, device: torch.device) -> Compute:
     listed = next((peak for part, peak in PEAKS.items() if part in name), None) if use_bf16 else None
     peak = listed or measured_peak(device, dtype)
     known = "listed" if listed else "measured"
-    kernel, compiled = choose_kernel(device, dtype, runtime.attention), choose_compiler(runtime, device)
-    return Compute(dtype, f"{reason}; MFU against {peak / 1e12:.0f} TFLOP/s {known}; {_how(kernel, compiled)}", peak,
-                   name, kernel, compiled)
+    kernel = choose_kernel(device, dtype, runtime.attention, documents)
+    compiled = choose_compiler(runtime, device)
+    reason += f"; MFU against {peak / 1e12:.0f} TFLOP/s {known}; {_how(runtime, kernel, compiled)}"
+    return Compute(dtype, reason, peak, name, kernel, compiled)
 
 
-def _how(kernel: Kernel, compiled: bool) -> str:
-    return f"windows by {kernel.name}; blocks {'compiled' if compiled else 'not compiled'}"
+def _how(runtime: RuntimeConfig, kernel: Kernel, compiled: bool) -> str:
+    blocks = "compiled" if compiled else "not compiled"
+    return f"windows by {kernel.name}; blocks {'in float8, ' * runtime.float8}{blocks}"
 
 
 def choose_compiler(runtime: RuntimeConfig, device: torch.device) -> bool:
@@ -201,7 +206,7 @@ def out_of_memory(experiment: Experiment, device: torch.device) -> Iterator[None
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         rows, length = experiment.batch.device_batch_size, experiment.model.sequence_len
-        raise ConfigError(f"out of memory at a peak of {memory_bytes(device) / GIB:.1f} GiB with "
+        raise ConfigError(f"out of memory at a peak of {size_text(memory_bytes(device))} with "
                           f"batch.device_batch_size={rows}, model.sequence_len={length}", str(device),
                           knobs(experiment, device, dist.size())) from error
 
@@ -231,10 +236,15 @@ def knobs(experiment: Experiment, device: torch.device, ranks: int) -> str:
         tries.append((f"model.sequence_len={length // 2}", ", another experiment",
                       changed("model", sequence_len=length // 2)))
     planned = [(name, note, memory_per_rank(e, ranks).total) for name, note, e in tries]
-    found = [f"{name} ({total / GIB:,.2f}{note})" for name, note, total in planned if total < now]
+    found = [f"{name} ({size_text(total)}{note})" for name, note, total in planned if total < now]
     if not found:
         return "use a smaller model or more memory"
-    return f"of {now / GIB:,.2f} GiB planned, try {', '.join(found[:-1])}{' or ' * (len(found) > 1)}{found[-1]}"
+    return f"of {size_text(now)} planned, try {', '.join(found[:-1])}{' or ' * (len(found) > 1)}{found[-1]}"
+
+
+def size_text(size: int) -> str:
+    """Bytes as people read them: "1.25 GiB", and below that "33.0 MiB"."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
 
 
 def planned_on(experiment: Experiment, device: torch.device) -> Experiment:

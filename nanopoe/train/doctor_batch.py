@@ -13,7 +13,7 @@ from torch import Tensor
 from nanopoe import dist
 from nanopoe.checkpoint import list_steps, open_checkpoint
 from nanopoe.config import Experiment, Plan, make_plan
-from nanopoe.config.memory import GIB, USABLE, memory_per_rank
+from nanopoe.config.memory import USABLE, memory_per_rank
 from nanopoe.data.loader import open_sources, train_loader
 from nanopoe.errors import ConfigError, DataError, NumericsError
 from nanopoe.model import GPT
@@ -21,8 +21,8 @@ from nanopoe.model.stages import trained_losses
 from nanopoe.optim import DistMuonAdamW
 from nanopoe.train.bench import peak_bytes, storage_bytes
 from nanopoe.train.build import build_model, build_optimizer, find_start, load_tokenizer, stage_column
-from nanopoe.train.compute import Compute, choose_compute, knobs, out_of_memory, planned_on
-from nanopoe.train.doctor_exam import Exam, Found, Trouble, clock, count, size_text, told
+from nanopoe.train.compute import Compute, choose_compute, knobs, out_of_memory, planned_on, size_text
+from nanopoe.train.doctor_exam import Exam, Found, Trouble, clock, count, told
 from nanopoe.train.pipeline import Pipeline
 from nanopoe.train.step import accumulate, find_nonfinite
 
@@ -72,7 +72,8 @@ def compute_here(exam: Exam) -> Compute:
 
 
 def choose_once(exam: Exam) -> Compute:
-    return choose_compute(exam.experiment.runtime, exam.world, int(os.environ.get("LOCAL_WORLD_SIZE", exam.world.size)))
+    return choose_compute(exam.experiment.runtime, exam.world, int(os.environ.get("LOCAL_WORLD_SIZE", exam.world.size)),
+                          exam.experiment.data.document_mask)
 
 
 def as_told(compute: Compute) -> tuple[str, str, str]:
@@ -86,7 +87,7 @@ def check_memory(exam: Exam) -> Found:
     here = exam.ask(lambda: list(memory_left(world.device)))
     least, whole = min(here)
     total, where = plan["total"], f" (rank {here.index([least, whole])})" * (world.size > 1)
-    text = (f"{size_text(total)} planned, fullest at {plan['peak']}; {least / GIB:,.1f} of {whole / GIB:,.1f} GiB "
+    text = (f"{size_text(total)} planned, fullest at {plan['peak']}; {size_text(least)} of {size_text(whole)} "
             f"are free for a rank{where}")
     if total > least:
         do = knobs(experiment, world.device, world.size)

@@ -180,6 +180,7 @@ def load_cascade(run_dir: str | Path, step: int | None, world: World, siblings: 
         model.to_empty(device=world.device)
         for name, p in model.named_parameters():
             p.data.copy_(cascade.read(name))
+    model.document_mask = checkpoint.experiment.data.document_mask                    # of the validation's rows
     return Loaded(model.eval(), tokenizer, checkpoint, cascade.names)
 
 
