@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -415,3 +416,16 @@ def test_segments_grow_unless_the_user_says_otherwise(monkeypatch: pytest.Monkey
     assert settings(CPU) == "expandable_segments:False"
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         assert settings(CUDA, **{name: "max_split_size_mb:64"}) == "expandable_segments:False"
+
+
+def test_bfloat16_on_a_cpu_says_what_it_is_worth() -> None:
+    """And leaves products in fp32, as those of the optimizer, as torch makes them."""
+    matmul: Any = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        reason = choose_compute(RuntimeConfig(compute_dtype="bfloat16"), World(0, 1, CPU), 1).reason
+        assert re.search(r"asked for; its products run at \d+\.\d times float32's rate here;", reason)
+        assert matmul.fp32_precision == "none"
+        assert "times" not in choose_compute(RuntimeConfig(), World(0, 1, CPU), 1).reason        # control
+    finally:
+        matmul.fp32_precision = before

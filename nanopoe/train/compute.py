@@ -60,11 +60,17 @@ def _choose_cpu(runtime: RuntimeConfig, device: torch.device, ranks_here: int) -
     keep_freed_memory()
     dtype = torch.bfloat16 if runtime.compute_dtype == "bfloat16" else torch.float32
     reason = "asked for" if runtime.compute_dtype != "auto" else "exact, and every CPU has it"
+    matmul = choose_fp32_matmul()
+    peak = measured_peak(device, torch.float32)
     if dtype == torch.float32:
-        reason += f"; {choose_fp32_matmul()}"
+        reason += f"; {matmul}"
+    else:                                                  # half as fast on some CPUs, and many times as fast on others
+        leave_fp32_matmul()
+        fp32, peak = peak, measured_peak(device, dtype)
+        reason += f"; its products run at {peak / fp32:.1f} times float32's rate here"
     kernel, compiled = choose_kernel(device, dtype, runtime.attention), choose_compiler(runtime, device)
-    return Compute(dtype, f"{reason}; {threads} thread{'s' * (threads > 1)}; {_how(runtime, kernel, compiled)}",
-                   measured_peak(device, dtype), platform.processor() or platform.machine(), kernel, compiled)
+    return Compute(dtype, f"{reason}; {threads} thread{'s' * (threads > 1)}; {_how(runtime, kernel, compiled)}", peak,
+                   platform.processor() or platform.machine(), kernel, compiled)
 
 
 def _choose_cuda(runtime: RuntimeConfig, device: torch.device, documents: bool) -> Compute:
@@ -131,8 +137,14 @@ def choose_fp32_matmul() -> str:
     error = float((a @ b - exact).norm() / exact.norm())
     if error <= EXACT:
         return f"oneDNN matmul, relative error {error:.0e}"
-    backend.matmul.fp32_precision = "none"
+    leave_fp32_matmul()
     return f"default matmul (oneDNN would round: relative error {error:.0e})"
+
+
+def leave_fp32_matmul() -> None:
+    """fp32 matmuls by torch's own choice, as before choose_fp32_matmul."""
+    backend: Any = torch.backends.mkldnn
+    backend.matmul.fp32_precision = "none"
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
