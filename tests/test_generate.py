@@ -153,7 +153,7 @@ def test_backprop_models_generate_in_full_mode(generate: Command, command: Comma
 
 
 def test_bench_shows_every_mode(runs: Path, command: Command) -> None:
-    options = ("--tokens", "6", "--rounds", "1", "--transformers")
+    options = ("--tokens", "6", "--rounds", "2", "--transformers")
     done = command("bench", "decode", runs / "poe", *options, "--json")
     assert done.code == 0, done
     found = {r["name"]: r for r in map(json.loads, done.out.splitlines())}
@@ -163,8 +163,12 @@ def test_bench_shows_every_mode(runs: Path, command: Command) -> None:
     assert found["speculative"]["agreement"] == found["wand_max"]["agreement"] == 1
     assert all(r["measured_speedup"] > 0 for name, r in found.items() if name not in ("plain", "transformers"))
     assert found["plain"]["bound_tokens_per_s"] > found["plain"]["tokens_per_s"]
+    theirs = found.pop("transformers")["spread"]
+    assert all(share > 0 for share in (*theirs.values(), *(r["spread"] for r in found.values())))
     done = command("bench", "decode", runs / "bp", "--tokens", "6", "--rounds", "1")       # has no modes
     assert "of the bound" in done.out and "wand" not in done.out
+    plain = next(line.split("│") for line in done.out.splitlines() if "of the bound" in line)
+    assert float(plain[2]) > 0 and plain[3].strip() == "0%" and "spread" in done.out       # control: of one round
     refused(command("bench", "decode", runs / "raw"), 4, "checkpoint", "not calibrated")
     refused(command("bench", "decode", runs / "poe", "--tokens", "0"), 2, "config", "--tokens")
 

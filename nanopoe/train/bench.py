@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,19 +31,22 @@ from nanopoe.train.step import accumulate
 def bench_step(experiment: Experiment, world: World, steps: int = 5) -> dict[str, Any]:
     """Time `steps` optimizer steps on random tokens, after one to warm up; no data, no checkpoints, one rank.
 
-    Returns medians in seconds (`backward` is forward and backward of all micro-batches), `spread` (max - min) / median
-    of the whole step, tokens_per_s, flops_per_s, mfu against `matmul_peak`, which is measured before and after the
-    steps in the same process and dtype, and peak memory in bytes.
+    Returns medians in seconds (`backward` is forward and backward of all micro-batches), `spread` of the whole step,
+    `first_step`, seconds from the built model to the end of the step that warms up (the compiler's, if it is on, are in
+    it), tokens_per_s, flops_per_s, mfu against `matmul_peak`, which is measured before the model is built and after the
+    steps, in the same process and dtype, and peak memory in bytes.
     """
     plan = make_plan(experiment, world.size)
-    compute = choose_compute(experiment.runtime, world, world.size)
-    model = build_model(experiment, world, compute, None)
-    optimizer = build_optimizer(experiment, model, world, compute)
+    compute = choose_compute(experiment.runtime, world, world.size, experiment.data.document_mask)
     generator = torch.Generator().manual_seed(0)
     shape = (plan.micro_steps, plan.device_batch_size, plan.sequence_len + 1)
     rows = torch.randint(experiment.model.vocab_size, shape, generator=generator).to(world.device)
-    peak, backwards, update = measured_peak(world.device, compute.dtype), [], []
-    for step in range(steps + 1):
+    peak = measured_peak(world.device, compute.dtype)
+    model = build_model(experiment, world, compute, None)
+    built = clock(world)
+    optimizer = build_optimizer(experiment, model, world, compute)
+
+    def step() -> tuple[float, float]:
         start = clock(world)
         for batch in rows.unbind(0):
             backward(model, *split_rows(batch), experiment.objective, 1 / plan.tokens_per_step)
@@ -51,19 +54,19 @@ def bench_step(experiment: Experiment, world: World, steps: int = 5) -> dict[str
         middle = clock(world)
         optimizer.reduce()
         optimizer.update(1.0, 0.95, 1.0)
-        if step:
-            backwards.append(middle - start)
-            update.append(clock(world) - middle)
+        return middle - start, clock(world) - middle
+
+    step()
+    first = clock(world) - built
+    backwards, updates = zip(*(step() for _ in range(steps)), strict=True)
     peak = max(peak, measured_peak(world.device, compute.dtype))
-    whole = [b + u for b, u in zip(backwards, update, strict=True)]
-    seconds = statistics.median(whole)
-    rate = plan.tokens_per_step / seconds
+    whole = timing([b + u for b, u in zip(backwards, updates, strict=True)])
+    rate = plan.tokens_per_step / whole["seconds"]
     return {
         "experiment": experiment.name, "device": f"{world.device} {compute.device_name}",
         "dtype": str(compute.dtype)[6:], "compute": compute.reason,
-        "tokens_per_step": plan.tokens_per_step, "seconds": seconds,
-        "backward": statistics.median(backwards), "optimizer": statistics.median(update),
-        "spread": (max(whole) - min(whole)) / seconds, "tokens_per_s": rate,
+        "tokens_per_step": plan.tokens_per_step, **whole, "first_step": first,
+        "backward": statistics.median(backwards), "optimizer": statistics.median(updates), "tokens_per_s": rate,
         "flops_per_s": rate * flops_per_token(experiment.model), "matmul_peak": peak,
         "mfu": rate * flops_per_token(experiment.model) / peak, "memory_bytes": memory_bytes(world.device),
     }
@@ -72,11 +75,12 @@ def bench_step(experiment: Experiment, world: World, steps: int = 5) -> dict[str
 # -- the optimizer against its plain form ------------------------------------------------------------------------------
 
 def bench_optimizer(experiment: Experiment, world: World, steps: int = 9) -> dict[str, Any]:
-    """Median seconds of an update of DistMuonAdamW on one rank and of `PlainMuonAdamW`, alternating on equal gradients.
+    """Median seconds of an update of DistMuonAdamW on one rank and of `PlainMuonAdamW`, alternating on equal gradients,
+    and the `spread` of each.
 
     Ours includes taking the gradients over and their norm; the plain form has neither.
     """
-    compute = choose_compute(experiment.runtime, world, 1)
+    compute = choose_compute(experiment.runtime, world, 1, experiment.data.document_mask)
     ours, plain = (build_model(experiment, world, compute, None) for _ in range(2))
     optimizer = build_optimizer(experiment, ours, world, compute)
     groups = list({id(b.group): b.group for b in optimizer.parcels}.values())
@@ -105,6 +109,7 @@ def bench_optimizer(experiment: Experiment, world: World, steps: int = 9) -> dic
     difference = max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
     return {"experiment": experiment.name, "device": f"{world.device} {compute.device_name}",
             "dtype": str(compute.dtype)[6:], "parameters": sum(g.numel() for g in grads.values()), **median,
+            "spread": {name: spread_of(times) for name, times in seconds.items()},
             "ratio": median["sharded"] / median["plain"], "difference": difference}
 
 
@@ -141,14 +146,16 @@ class PlainMuonAdamW:
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 
-def bench_memory(experiment: Experiment, world: World) -> dict[str, Any]:
+def bench_memory(experiment: Experiment, world: World, steps: int = 2) -> dict[str, Any]:
     """Bytes that the fullest rank holds at the fullest moment of a step, beside the planner's. Collective.
 
-    `measured` is weights, optimizer state and the most that a second step (the first to warm up) allocates at a time,
-    with the pool's loss where the run reports one; `planned` is memory_per_rank's total, `ratio` planned / measured.
-    `gradients` is the most at any moment a gradient was completed: sums, whole gradients, and those in flight.
+    `measured` is weights, optimizer state and the most that one of `steps` steps, after one to warm up, allocates at a
+    time, with the pool's loss where the run reports one; `spread` is that of the steps, so memory that grows from step
+    to step shows; `planned` is memory_per_rank's total, `ratio` planned / measured. `gradients` is the most at any
+    moment a gradient was completed: sums, whole gradients, and those in flight.
     """
-    plan, compute = make_plan(experiment, world.size), choose_compute(experiment.runtime, world, world.size)
+    plan = make_plan(experiment, world.size)
+    compute = choose_compute(experiment.runtime, world, world.size, experiment.data.document_mask)
     model = build_model(experiment, world, compute, None)
     most, optimizer = 0, None
 
@@ -178,9 +185,11 @@ def bench_memory(experiment: Experiment, world: World) -> dict[str, Any]:
         optimizer.update(1.0, 0.95, 1.0)
 
     step()
-    mine = {"weights": storage_bytes(model.parameters()), "gradients": most,
-            "optimizer": storage_bytes(t for b in optimizer.parcels for t in b.state.values())}
-    mine["measured"] = mine["weights"] + mine["optimizer"] + peak_bytes(world, step)
+    weights = storage_bytes(model.parameters())
+    state = storage_bytes(t for b in optimizer.parcels for t in b.state.values())
+    totals = [weights + state + peak_bytes(world, step) for _ in range(steps)]
+    mine: dict[str, Any] = {"weights": weights, "gradients": most, "optimizer": state, "measured": max(totals),
+                            "spread": spread_of(totals)}
     everyone = dist.gather_json(mine, world.device)
     planned = memory_per_rank(experiment, world.size)
     found = {key: max(rank[key] for rank in everyone) for key in mine}
@@ -220,6 +229,18 @@ def gradients(optimizer: DistMuonAdamW) -> Iterable[Tensor]:
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of memory behind `tensors`, each storage counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+def timing(seconds: Sequence[float]) -> dict[str, float]:
+    """The median of times, and their spread."""
+    return {"seconds": statistics.median(seconds), "spread": spread_of(seconds)}
+
+
+def spread_of(values: Sequence[float]) -> float:
+    """(max - min) / median."""
+    return (max(values) - min(values)) / statistics.median(values)
 
 
 def clock(world: World) -> float:

@@ -17,6 +17,7 @@ from nanopoe.data.loader import Loader, Position, Sizes, summary
 from nanopoe.data.packing import PACKINGS, Buffer, Document
 from nanopoe.data.shards import Source
 from nanopoe.tokenizer import Tokenizer
+from nanopoe.train.bench import spread_of
 
 SAMPLE = 4000                   # documents that are encoded and packed for comparison
 STALL_S = 0.005
@@ -39,7 +40,8 @@ class DataBench:
 def bench_data(open_all: Callable[[], Sequence[Source]], tokenizer: Tokenizer, what: DataBench) -> dict[str, Any]:
     """Measure one loader on one rank; rates in tokens/s, times in seconds.
 
-    tokens_per_s and encode_per_s alternate, each with the same threads; `ratio` is the median of the pairs.
+    tokens_per_s and encode_per_s alternate, each with the same threads; `ratio` is the median of the pairs; `spread`
+    has that of each.
     packing_share: CPU time of the packing function alone over the loader's; thread_share: of the thread that packs,
     with mixing, bookkeeping, positions and handing over. wait: the longest `next` once warm with a consumer at half the
     loader's rate; stalls: those over STALL_S; late: the longest that this consumer itself woke up late, which is the
@@ -70,10 +72,13 @@ def bench_data(open_all: Callable[[], Sequence[Source]], tokenizer: Tokenizer, w
         waits, late, ready = paced(loader, 2 * tokens / rate, 2 * what.seconds)
         position = next(loader)[1]
     told = summary(position)
+    ratios = [a / b for a, b in zip(rates, encode_rates, strict=True)]
     return {
         "rows": what.rows, "seq": what.seq, "packing": what.packing, "threads": what.threads, "tokens_per_s": rate,
         "encode_per_s": statistics.median(encode_rates),
-        "ratio": statistics.median(a / b for a, b in zip(rates, encode_rates, strict=True)), "first_batch": first,
+        "ratio": statistics.median(ratios), "first_batch": first,
+        "spread": {"tokens_per_s": spread_of(rates), "encode_per_s": spread_of(encode_rates),
+                   "ratio": spread_of(ratios)},
         "packing_share": packing_cost(what, tokenizer.bos_id, documents) / (cpu / loaded),
         "thread_share": thread_cpu / cpu, "wait": max(waits), "late": late, "ready_share": ready,
         "stalls": sum(wait > STALL_S for wait in waits), "steps_paced": len(waits),

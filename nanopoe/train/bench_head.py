@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from nanopoe.errors import ConfigError
 from nanopoe.model import GPT
 from nanopoe.model.gpt import capped_logits, norm
 from nanopoe.model.head import head_backward, head_chunks
-from nanopoe.train.bench import clock, peak_bytes
+from nanopoe.train.bench import clock, peak_bytes, timing
 from nanopoe.train.build import build_model
 from nanopoe.train.compute import choose_compute
 
@@ -34,7 +33,7 @@ def bench_head(experiment: Experiment, world: World, steps: int = 5) -> dict[str
     """
     if experiment.model.specialists:
         raise ConfigError("has specialists", experiment.name, "name the experiment of a base")
-    compute = choose_compute(experiment.runtime, world, world.size)
+    compute = choose_compute(experiment.runtime, world, world.size, experiment.data.document_mask)
     model = build_model(experiment, world, compute, None)
     m, K = experiment.model, model.layout.n_stages
     shape = (experiment.batch.device_batch_size, m.sequence_len)
@@ -55,8 +54,7 @@ def bench_head(experiment: Experiment, world: World, steps: int = 5) -> dict[str
                 arms[name](k)
             seconds[name].append(clock(world) - start)
     for name, figures in found.items():
-        median = statistics.median(seconds[name])
-        figures |= {"seconds": median, "spread": (max(seconds[name]) - min(seconds[name])) / median}
+        figures |= timing(seconds[name])
     work = 6 * K * targets.numel() * m.vocab_size * m.n_embd
     return {"experiment": experiment.name, "device": f"{world.device} {compute.device_name}",
             "dtype": str(compute.dtype)[6:], "compute": compute.reason, "heads": K, "rows": targets.numel(),

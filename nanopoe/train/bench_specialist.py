@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from nanopoe.errors import ConfigError
 from nanopoe.model import GPT
 from nanopoe.model.loss import split_rows
 from nanopoe.model.specialist import Keep, backward
-from nanopoe.train.bench import clock
+from nanopoe.train.bench import clock, timing
 from nanopoe.train.build import build_model, build_optimizer
 from nanopoe.train.compute import choose_compute
 from nanopoe.train.state_cache import StateCache
@@ -99,7 +98,7 @@ def bench_specialist(experiment: Experiment, world: World, steps: int = 5) -> di
     if experiment.specialist is None:
         raise ConfigError(f"task is {experiment.task}, not specialist", experiment.name,
                           "name the experiment of a specialist, such as configs/stage_tool.yaml")
-    compute = choose_compute(experiment.runtime, world, world.size)
+    compute = choose_compute(experiment.runtime, world, world.size, experiment.data.document_mask)
     plan = make_plan(experiment, world.size)
     shape = (plan.micro_steps, plan.device_batch_size, plan.sequence_len + 1)
     rows = torch.randint(experiment.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
@@ -126,8 +125,7 @@ def bench_specialist(experiment: Experiment, world: World, steps: int = 5) -> di
                 if i:                                            # the first also fills the cache
                     seconds[name].append(took)
     for name, figures in found.items():
-        median = statistics.median(seconds[name])
-        figures |= {"seconds": median, "spread": (max(seconds[name]) - min(seconds[name])) / median}
+        figures |= timing(seconds[name])
     full = found["full, backprop"]
     for figures in found.values():
         figures |= {"of_full_time": figures["seconds"] / full["seconds"],

@@ -16,7 +16,7 @@ from nanopoe.dist import World
 from nanopoe.errors import ConfigError
 from nanopoe.model import GPT
 from nanopoe.schedule import Schedule
-from nanopoe.train.bench import clock
+from nanopoe.train.bench import clock, spread_of
 from nanopoe.train.build import build_model, build_optimizer, stage_column
 from nanopoe.train.compute import choose_compute
 from nanopoe.train.pipeline import Pipeline
@@ -27,14 +27,16 @@ def bench_stages(experiment: Experiment, world: World, steps: int = 5) -> dict[s
     """Time `steps` steps of both arms after one to warm up: the same model, rows (random tokens) and threads of a rank.
     Collective; while rank 0 computes alone the others sleep.
 
-    Returns of each arm the median seconds, all `times` and tokens per second; `speedup`, the median of the ratios of
-    neighbouring steps; `idle`, of each rank the median share of a step in which it waited for states or for the last
-    rank; the largest relative difference of a step's loss and of a weight (|a - b| / |a| of a tensor) between the arms;
-    seconds of spread() and the bytes it sends. ConfigError without stages on different ranks.
+    Returns of each arm the median seconds, their `spread`, all `times` and tokens per second; `speedup`, the median of
+    the ratios of neighbouring steps; `idle`, of each rank the median share of a step in which it waited for states or
+    for the last rank; the largest relative difference of a step's loss and of a weight (|a - b| / |a| of a tensor)
+    between the arms; `spread_seconds` of optimizer.spread() and the bytes it sends. ConfigError without stages on
+    different ranks.
     """
     if experiment.parallel.stages == 1:
         raise ConfigError("every rank runs all stages", "parallel.stages", "set it to 2 or more")
-    plan, compute = make_plan(experiment, world.size), choose_compute(experiment.runtime, world, world.size)
+    plan = make_plan(experiment, world.size)
+    compute = choose_compute(experiment.runtime, world, world.size, experiment.data.document_mask)
     schedule, pipe = Schedule(experiment.schedule.cycles), Pipeline(plan, world)
     model = build_model(experiment, world, compute, None)
     optimizer = build_optimizer(experiment, model, world, compute, plan, stage_column(experiment, plan))
@@ -67,6 +69,7 @@ def bench_stages(experiment: Experiment, world: World, steps: int = 5) -> dict[s
         "experiment": experiment.name, "grid": plan.grid(), "ranks": world.size, "compute": compute.reason,
         "micro_steps": plan.micro_steps, "tokens_per_step": plan.tokens_per_step, **medians,
         "tokens_per_s": {name: plan.tokens_per_step / median for name, median in medians.items()}, "times": seconds,
+        "spread": {name: spread_of(times) for name, times in seconds.items()},
         "speedup": statistics.median(a / b for a, b in zip(seconds["alone"], seconds["stages"], strict=True)),
         "idle": [statistics.median(shares) for shares in zip(*idle, strict=True)],
         "loss_difference": max(differences), "weight_difference": alone.difference(model) if alone else 0.0,
@@ -80,7 +83,7 @@ class Alone:
     def __init__(self, experiment: Experiment, world: World):
         whole = experiment.model_copy(update={"parallel": experiment.parallel.model_copy(update={"stages": 1})})
         self.experiment, self.plan = whole, make_plan(whole, 1)
-        self.compute = choose_compute(whole.runtime, world, world.size)
+        self.compute = choose_compute(whole.runtime, world, world.size, whole.data.document_mask)
         here = World(0, 1, world.device)
         self.model = build_model(whole, here, self.compute, None)
         self.optimizer = build_optimizer(whole, self.model, here, self.compute)
