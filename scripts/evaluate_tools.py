@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ EXAMPLES = """examples:
   python -m scripts.evaluate_tools out/stage_tool_quickstart --limit 50 --layouts one,compact
   python -m scripts.evaluate_tools out/stage_tool_quickstart --constrained      a call is valid JSON of its function
   python -m scripts.evaluate_tools out/stage_tool_quickstart --json | jq .tools.all.parse
+  python -m scripts.evaluate_tools out/stage_tool_quickstart --limit 50 --replies replies.jsonl      to read them
+  jq -r 'select(.parse == false).reply' replies.jsonl                           those that do not parse
 
 adds to RUN/evaluation/tools_step_NNNNNNNN.jsonl, a line for each way of asking; scripts.report shows it.
 
@@ -49,6 +52,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True,
                         help="keep the record with the run [yes]")
+    parser.add_argument("--replies", type=Path, metavar="FILE",
+                        help="write every reply to a call's prompt, with what was wanted and found, as a JSON line")
     parser.add_argument("--json", action="store_true", help="print the record as JSON, not as tables")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
@@ -84,8 +89,8 @@ def main() -> None:
         engine, budget = Engine(weights, view), Budget(args.tokens, args.batch)
         sources = opened(args.data, checkpoint.experiment)
         with_tools, arithmetic = read(sources, args.data or "data.val", args.limit)
-        with shown("tool calls") as show:
-            tools = evaluate_calls(engine, tokenizer, with_tools, layouts, budget, args.constrained, show)
+        with shown("tool calls") as show, kept(args.replies) as keep:
+            tools = evaluate_calls(engine, tokenizer, with_tools, layouts, budget, args.constrained, show, keep)
         with shown("arithmetic") as show:
             numbers = evaluate_arithmetic(engine, tokenizer, arithmetic, budget, show)
     request = {"checkpoint": checkpoint.identity, "data": {source.name: source.digest for source in sources},
@@ -140,6 +145,20 @@ def opened(folder: Path | None, experiment: Experiment) -> list[Source]:
         raise ConfigError(f"the run was trained on {experiment.data.kind}: its data.val has no conversations",
                           experiment.name, "name a folder of them with --data, such as data/chat/val")
     return open_sources(experiment.data.val, experiment.data.kind)
+
+
+@contextmanager
+def kept(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Writes what it is given as JSON lines, or nothing."""
+    if path is None:
+        yield lambda reply: None
+        return
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", path, "name another file with --replies") from error
+    with file:
+        yield lambda reply: print(json.dumps(reply, ensure_ascii=False), file=file, flush=True)
 
 
 @contextmanager

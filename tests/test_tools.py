@@ -240,13 +240,20 @@ def counts(table: dict[str, dict[str, Any]]) -> dict[str, tuple[int, int]]:
 
 def test_a_model_that_learned_the_answers(learned: tuple[Engine, Tokenizer]) -> None:
     engine, tokenizer = learned
-    cases, seen = [case_of(LEARNED[i], "x") for i in (0, 1, 3)], []
-    record = evaluate_calls(engine, tokenizer, cases, LAYOUTS, Budget(60, 2), show=lambda *at: seen.append(at))
+    cases, seen, replies = [case_of(LEARNED[i], "x") for i in (0, 1, 3)], [], []
+    record = evaluate_calls(engine, tokenizer, cases, LAYOUTS, Budget(60, 2), show=lambda *at: seen.append(at),
+                            keep=replies.append)
     expected = {"parse": (1, 2), "called": (2, 2), "function": (1, 2), "arguments": (1, 2), "hallucinated": (0, 1),
                 "refusal": (1, 1), "false_calls": (0, 1), "stop": (3, 3)}
     assert {name: counts(table) for name, table in record["layouts"].items()} == dict.fromkeys(LAYOUTS, expected)
     assert counts(record["all"]) == {metric: (4 * n, 4 * of) for metric, (n, of) in expected.items()}
     assert (record["prompts"], record["too_long"], record["calls"], seen[-1]) == (12, 0, None, (12, 12))
+    assert len(replies) == 12 and sum(reply["parse"] is False for reply in replies) == 4
+    for reply in replies:
+        assert reply["prompt"].startswith("<|bos|>") and reply["wanted"]["role"] == "assistant"
+        right = [call["name"] for call in reply["wanted"].get("tool_calls", [])]
+        assert all(name in reply["reply"] for name in right) or not reply["function"]
+        assert json.loads(json.dumps(reply)) == reply
     bound = evaluate_calls(engine, tokenizer, cases, LAYOUTS, Budget(60, 3), constrained=True)
     assert counts(bound["all"])["parse"] == (8, 8) and counts(bound["all"])["arguments"][0] == 4
     assert bound["calls"]["opened"] == bound["calls"]["closed"] >= 8 and bound["calls"]["cut"] == 0
@@ -314,15 +321,16 @@ def command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return here
 
 
-def test_the_command(command: Callable[..., Done], folder: Path) -> None:
+def test_the_command(command: Callable[..., Done], folder: Path, tmp_path: Path) -> None:
     """Prompts are too long for the tiny models; that is told, and the short ones are answered."""
-    done = command("chat", "--json", "--tokens", "6", "--layouts", "one,compact")
+    done = command("chat", "--json", "--tokens", "6", "--layouts", "one,compact", "--replies", tmp_path / "replies")
     assert done.code == 0, done
     record = json.loads(done.out)
     tools = record["tools"]
     assert record["conversations"] == 3 and tools["prompts"] + tools["too_long"] == 6
     assert list(tools["layouts"]) == ["one", "compact"] and record["arithmetic"]["exact"]["of"] == 1
     assert "arithmetic: 1 of 1" in done.err
+    assert len((tmp_path / "replies").read_text().splitlines()) == tools["prompts"]
     done = command("text", "--data", folder / "val", "--limit", "1", "--tokens", "6", "--constrained",
                    "--view", "stage:0")
     assert done.code == 0, done
@@ -341,6 +349,7 @@ def test_bad_input_is_one_line(command: Callable[..., Done], folder: Path, data:
             ("chat", ("--step", "77"), 4, "checkpoint", "77"),
             ("chat", ("--layouts", "one,3"), 2, "config", "no layout '3'"),
             ("chat", ("--layouts", "2,2"), 2, "config", "a layout twice"),
+            ("chat", ("--replies", folder), 2, "config", "cannot be written: Is a directory"),
             ("chat", ("--limit", "0"), 2, "config", "must be 1 or more, got 0"),
             ("chat", ("--batch", "-1"), 2, "config", "must be 1 or more, got -1"),
             ("chat", ("--tokens", "0"), 2, "config", "must be 1 or more, got 0")):

@@ -36,6 +36,7 @@ METRICS = {"parse": "replies that open a call", "called": "references with calls
            "arguments": "references with calls", "hallucinated": "replies with a call that parses",
            "refusal": "references without a call", "false_calls": "references without a call", "stop": "replies"}
 Show = Callable[[int, int], None]
+Keep = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -185,12 +186,13 @@ class Budget:
 
 
 def evaluate_calls(engine: Engine, tokenizer: Tokenizer, cases: Sequence[Case], layouts: Sequence[str], budget: Budget,
-                   constrained: bool = False, show: Show = lambda done, total: None) -> dict[str, Any]:
+                   constrained: bool = False, show: Show = lambda done, total: None,
+                   keep: Keep = lambda reply: None) -> dict[str, Any]:
     """METRICS as of `tally`: `layouts` has each of these names of LAYOUT_NAMES, `all` those together.
 
     too_long: prompts that the model was not trained to see the whole of, left out. With constrained also `calls`, the
-    sums of CallStats. `show` is told how many of how many prompts are answered. ConfigError for a schema that cannot
-    constrain a call.
+    sums of CallStats. `show` is told how many of how many prompts are answered, `keep` is given every reply with what
+    was wanted and found. ConfigError for a schema that cannot constrain a call.
     """
     for case in cases if constrained else ():
         CallConstraint(case.tools, tokenizer)                # refused now, not after an hour; kept, many are gigabytes
@@ -206,6 +208,9 @@ def evaluate_calls(engine: Engine, tokenizer: Tokenizer, cases: Sequence[Case], 
         judged = []
         for i, ids, stopped in answered(engine, tokenizer, {i: prompts[i] for i in fit}, budget, tools, calls):
             judged.append(judge(cases[i], tokenizer, ids, stopped))
+            keep({"conversation": i, "layout": name, **judged[-1], "prompt": tokenizer.decode(prompts[i]),
+                  "reply": tokenizer.decode(ids),
+                  "wanted": cases[i].answer.model_dump(mode="json", exclude_none=True)})
             show(done + len(judged), total)
         done += len(prompts)
         found[name] = tally(judged)
