@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -40,7 +41,7 @@ class NanopoeError(Exception):
     def render(self) -> str:
         where = f" {self.where}:" if self.where else ""
         do = f"; {self.do}" if self.do else ""
-        return f"error[{self.kind}]{where} {self.what}{do}"
+        return one_line(f"error[{self.kind}]{where} {self.what}{do}")
 
 
 class ConfigError(NanopoeError):
@@ -57,7 +58,7 @@ class ConfigError(NanopoeError):
         if not self.problems:
             return super().render()
         head = f"error[{self.kind}] {self.where or self.what}"
-        return "\n".join([head, *(f"  {p}" for p in self.problems)])
+        return "\n".join(map(one_line, [head, *(f"  {p}" for p in self.problems)]))
 
 
 class DataError(NanopoeError):
@@ -79,16 +80,34 @@ class NumericsError(NanopoeError):
 
 
 class PeerError(NanopoeError):
-    """Another rank failed, hung or disagrees; `ranks` are those that are known to be lost."""
+    """Another rank failed, hung or disagrees; `ranks` are those that are known to be lost. `cut_off` is set where the
+    store of the rendezvous is gone, so that this rank hears of no other."""
 
     kind, exit_code = "peer", 6
     ranks: tuple[int, ...] = ()
+    cut_off = False
 
 
 class StorageError(NanopoeError):
     """The disk refused: full, read-only, broken."""
 
     kind, exit_code = "storage", 7
+
+
+def typed(error: BaseException) -> NanopoeError | None:
+    """`error` as one of ours: itself, or what the system refused; null for a bug."""
+    if isinstance(error, OSError):
+        return StorageError(error.strerror or str(error), error.filename, "free some space or check the rights")
+    return error if isinstance(error, NanopoeError) else None
+
+
+# What would begin a line, move the cursor, or cannot be written as UTF-8: names of files may hold any of it.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """`text` with line breaks and other control characters as escapes."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 Error = TypeVar("Error", bound=NanopoeError)
@@ -126,9 +145,10 @@ def entrypoint(main: Callable[[], int | None]) -> Callable[[], None]:
             # the reader of our output has gone, as in `... | head`; rich makes an exit with 1 of that
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
-        except Exception as error:                  # a bug of ours: say so in one line, keep the trace
+        except Exception as error:                  # of the system, or a bug of ours: one line, and keep the trace
             report(error)
-            code = 1
+            ours = typed(error)
+            code = 1 if ours is None else ours.exit_code
         sys.stdout.flush()
         sys.exit(code)
 
@@ -163,7 +183,7 @@ def report(error: BaseException) -> None:
     if _error_log is not None:
         try:
             _error_log.parent.mkdir(parents=True, exist_ok=True)
-            with open(_error_log, "a", encoding="utf-8") as log:
+            with open(_error_log, "a", encoding="utf-8", errors="backslashreplace") as log:
                 log.write(trace)
             hint = f"traceback in {_error_log}"
         except OSError:
@@ -172,10 +192,10 @@ def report(error: BaseException) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)       # torchrun may end us now, without a word
         time.sleep(PATIENCE_S)
-    if isinstance(error, NanopoeError):
-        line = error.render()
+    if (ours := typed(error)) is not None:
+        line = ours.render()
     else:
-        line = f"error[internal] {type(error).__name__}: {error}; this is a bug, {hint}"
+        line = one_line(f"error[internal] {type(error).__name__}: {error}; this is a bug, {hint}")
     print(trace if debug else line, file=sys.stderr, flush=True)
 
 
@@ -184,7 +204,7 @@ def dump_stacks(why: str) -> None:
     if _error_log is None:
         return
     try:
-        with open(_error_log, "a", encoding="utf-8") as log:
+        with open(_error_log, "a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(f"{why}\n")
             log.flush()
             faulthandler.dump_traceback(log, all_threads=True)

@@ -17,7 +17,8 @@ EXAMPLES = """examples:
 
 PATH is a run folder (its newest checkpoint, or --step) or a step folder. An empty file KEEP in a step folder keeps it
 from rotation.
-exit codes: 0 good or equal, 1 different (diff), 4 damaged or not there; the message names the file"""
+exit codes: 0 good or equal, 1 different (diff), 2 wrong arguments, 4 damaged or not there; the message names the file;
+  7 the disk does not let it be read"""
 
 
 def arguments() -> argparse.Namespace:

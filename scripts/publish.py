@@ -36,6 +36,7 @@ environment: HF_TOKEN (the token is read from there alone), HF_ENDPOINT (another
 uploads)"""
 
 
+NAME = re.compile(r'[^"\\`]+')           # it stands in a line of Python, in Markdown
 # Of a report, what a reader of a card may want; the rest is of the machine, or in the card as it is.
 PICTURES = ("trajectory", "curves", "depth")
 SECTIONS = ("Trajectory", "Training", "Tool calls", "Adaptive depth", "Routing")
@@ -77,7 +78,7 @@ def main() -> None:
     from nanopoe.checkpoint.store import checkpoints_of
     from nanopoe.export.publish import Publication, publish
 
-    what = Publication(args.run, args.repo or args.to.absolute().name, trajectory_of(args.run), args.dtype, args.parent,
+    what = Publication(args.run, name_of(args), trajectory_of(args.run), args.dtype, args.parent,
                        args.merged, args.base)
     steps = select_steps(args.steps, list_steps(args.run), checkpoints_of(args.run)) or [open_checkpoint(args.run).step]
     target = target_of(args)
@@ -88,6 +89,19 @@ def main() -> None:
             if not args.dry_run:
                 print(line_of(outcome), flush=True)
     tell(target.label, found, args.dry_run)
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """What the cards tell: the repo's id, else the folder's name. ConfigError for one that they cannot."""
+    from nanopoe.export.publish_tree import REPO
+
+    if args.repo is not None and not REPO.fullmatch(args.repo):
+        raise ConfigError(f"expected ORG/NAME, got {args.repo[:100]!r}", "--repo")
+    name: str = args.repo or args.to.absolute().name
+    if not (name.isprintable() and NAME.fullmatch(name)):
+        raise ConfigError(f"the cards cannot tell the name {name[:100]!a}", "--to",
+                          "name another folder, or give --repo")
+    return name
 
 
 def target_of(args: argparse.Namespace) -> Target:

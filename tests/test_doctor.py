@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from nanopoe.config import experiment_from_dict
 from nanopoe.dist import World
 from nanopoe.errors import StorageError
 from nanopoe.train import doctor, doctor_batch, doctor_disk, doctor_ranks, loop
+from nanopoe.train.compute import knobs
 from nanopoe.train.doctor_exam import Exam, Found, examine
 from tests.commands import call, contents, write_yaml
 from tests.ranks import experiment_dict, run_ranks
@@ -27,6 +29,8 @@ from tests.ranks import experiment_dict, run_ranks
 ALONE = World(0, 1, torch.device("cpu"))
 NAMES = [name for name, _, _ in doctor.CHECKS]
 Told = dict[str, list[str]]                  # check -> state, found, do, kind of its error
+TOGETHER: dict[str, Any] = {"checkpoint.every": 2, "evaluation.every": 3, "resume.step": 2, "logging.pool_every": 3,
+                            "parallel.stages": 2, "runtime.compute_dtype": "bfloat16"}
 HUGE = {"model.n_embd": 1 << 16, "model.n_head": 1 << 9, "model.n_kv_head": 1 << 9, "model.n_layer": 400,
         "model.poe_every": 200}
 
@@ -66,7 +70,11 @@ def ill(world: World, data: str, folder: str, package: str) -> dict[str, Told]:
 
     said = {"healthy": look(world, mine())}
     said["lr"] = look(world, mine(**{"optim.matrix_lr": 0.03 if second else 0.02}), "same")
-    said["cadence"] = look(world, mine(**{"checkpoint.every": 2 if second else 1}), "same")
+    for key, theirs in TOGETHER.items():
+        changes: dict[str, Any] = {"resume": {"step": theirs}} if key == "resume.step" else {key: theirs}
+        said[key] = look(world, mine(**(changes if second else {})), "same")
+    said["width"] = look(world, mine(**({"model.n_embd": 64} if second else {})), "same", "dry batch")
+    said["logs"] = look(world, mine(**({"logging.every": 3, "runtime.timeout_s": 61} if second else {})), "same")
     copied = {"tokenizer": f"{folder}/copy/tokenizer", "data.train.0.path": f"{folder}/copy/train"}
     said["places"] = look(world, mine(**(copied if second else {})), "same", "data")
     other = {"data.val.0.path": f"{folder}/copy/train"}
@@ -134,8 +142,11 @@ def test_two_ranks_are_healthy(both: tuple[dict[str, Told], Path]) -> None:
 @pytest.mark.parametrize(("ill", "check", "state", "kind", "words"), [
     ("lr", "same", "trouble", "config", "rank 1 has another experiment than rank 0: optim.matrix_lr 0.03; rank 0: "
                                         "optim.matrix_lr 0.02"),
-    ("cadence", "same", "trouble", "", "rank 1 has another cadence than rank 0: checkpoint.every 2; rank 0: "
-                                       "checkpoint.every 1"),
+    *((key, "same", "trouble", "config", f"rank 1 has another cadence than rank 0: {key} {theirs}; rank 0: ")
+      for key, theirs in TOGETHER.items()),
+    ("width", "same", "trouble", "config", "rank 1 has another experiment than rank 0: model.n_embd 64; rank 0: "),
+    ("width", "dry batch", "warning", "", "not looked at, since same is in trouble"),
+    ("logs", "same", "ok", "", "config "),                                                         # control
     ("code", "same", "trouble", "config", "rank 1 has another code than rank 0: schedule.py "),
     ("code", "world", "trouble", "peer", "rank 1 of 2: the environment says RANK=1, WORLD_SIZE=5"),
     ("other data", "data", "trouble", "data", "rank 1 found another val tiny than rank 0"),
@@ -177,6 +188,17 @@ def test_a_batch_that_does_not_fit(data: Path, tmp_path: Path) -> None:
     assert said["memory"][0] == "trouble" and f"try batch.device_batch_size={rows // 2} (" in said["memory"][2], said
     assert said["dry batch"][1] == "not looked at, since memory is in trouble"
     assert look(ALONE, experiment_dict(data, tmp_path / "run"), "memory")["memory"][0] == "ok"     # control
+
+
+@pytest.mark.parametrize(("rows", "unit"), [(8, "MiB"), (1 << 14, "GiB")])
+def test_the_knobs_are_told_in_a_unit_that_shows_them(data: Path, rows: int, unit: str) -> None:
+    """None is 0.00 of something, small or large, and each is less than what is planned now."""
+    sizes = {"batch.device_batch_size": rows, "batch.tokens_per_step": 32 * rows}
+    experiment = experiment_from_dict(experiment_dict(data, data / "run", **sizes), "test")
+    told = re.findall(r"([\d,.]+) (MiB|GiB)", knobs(experiment, torch.device("cpu"), 1))
+    assert len(told) >= 3 and all(theirs == unit for _, theirs in told), told
+    now, *tried = (float(value.replace(",", "")) for value, _ in told)
+    assert all(0 < value < now for value in tried), told
 
 
 def test_training_looks_first(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

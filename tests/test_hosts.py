@@ -71,6 +71,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 def lose(scene: Scene, lost: Host, how: str) -> Host:
     """A host is lost in the midst of training; the other one, when it has left and said why."""
     machines.until(lambda: scene.trained() >= EVERY + 2, scene.hosts)
+    assert (read_status(scene.run_dir) or {})["state"] == "running"                                  # control
     begun, other = time.monotonic(), scene.hosts[1 - lost.number]
     if how == "kill":
         lost.kill()
@@ -91,11 +92,15 @@ def lose(scene: Scene, lost: Host, how: str) -> Host:
 
 
 def check_told(scene: Scene, lost: Host, other: Host) -> None:
-    """The survivors say in one line who is lost, on which host, and so does status.json."""
+    """The survivors say in one line who is lost, on which host, and so does status.json. With host 0 the store is
+    lost, by which they heard of each other."""
     words = rf"error\[peer\] rank \d+: .*rank \d+ (no longer beats|is gone).*in step \d+ .* on {re.escape(lost.name)}"
+    if lost.number == 0 and machines.namespaces():
+        words = (rf"error\[peer\] rank \d+: the store of the rendezvous on {lost.name} is gone \(.*\): that host is "
+                 rf"lost, or the network to it; rank 0 was last seen in step \d+ .* on {lost.name}")
     assert re.search(words, other.said()), other.said()
     status = read_status(scene.run_dir) or {}
-    assert (status["state"], status["exit_code"]) == ("failed", 6), status
+    assert (status["state"], status["exit_code"]) == ("failed", 6) and "error[peer]" in status["reason"], status
     assert list_steps(scene.run_dir)[-1] < STEPS
 
 
@@ -104,9 +109,11 @@ def went_on(scene: Scene) -> list[int]:
     return [line["step"] for line in lines_of(scene.run_dir) if line.get("event") == "resumed"]
 
 
-def test_a_host_is_lost_and_the_other_goes_on_alone(scene: Scene) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_host_is_lost_and_the_other_goes_on_alone(scene: Scene, number: int) -> None:
+    """Host 0 holds the rendezvous, and with it the store, and rank 0."""
     scene.start(scene.hosts, 1, 1)
-    lost = scene.hosts[1]
+    lost = scene.hosts[number]
     other = lose(scene, lost, "kill")
     check_told(scene, lost, other)
     newest = list_steps(scene.run_dir)[-1]
@@ -120,15 +127,13 @@ def test_a_host_is_lost_and_the_other_goes_on_alone(scene: Scene) -> None:
     ("kill", 1, 2, (2, 2)), ("kill", 0, 2, (1, 2)), ("kill", 0, 2, (2, 1)), ("cut", 1, 1, (2, 1)),
     ("cut", 0, 2, (1, 2))])
 def test_a_host_is_lost_and_comes_back(scene: Scene, how: str, number: int, ranks: int, then: tuple[int, int]) -> None:
-    """`then`: how many hosts the next life has, and ranks on each: as many as before, or half, on one host or two.
-    Host 0 holds the rendezvous and with it the store."""
+    """`then`: how many hosts the next life has, and ranks on each: as many as before, or half, on one host or two."""
     if how == "cut" and not machines.namespaces():
         pytest.skip("needs network namespaces: root, ip, unshare")
     scene.start(scene.hosts, ranks, 1)
     lost = scene.hosts[number]
     other = lose(scene, lost, how)
-    if number == 1:
-        check_told(scene, lost, other)
+    check_told(scene, lost, other)
     newest, again = list_steps(scene.run_dir)[-1], scene.hosts[:then[0]]
     scene.start(again, then[1], 2)
     assert [host.wait(120) for host in again] == [0] * len(again), "\n".join(host.said() for host in again)
@@ -149,18 +154,20 @@ def test_hosts_are_apart(tmp_path: Path) -> None:
     if not machines.namespaces():
         pytest.skip("needs network namespaces: root, ip, unshare")
     with machines.two_hosts() as hosts:
-        def says(host: Host, script: str) -> list[str]:
-            console = tmp_path / f"{host.number}.said"
-            console.write_text("")
-            host.start(["sh", "-c", script], console)
-            assert host.wait(20) is not None
-            return console.read_text().split()
+        def say(script: str, *hosts: Host) -> list[list[str]]:
+            """What they say, all at the same time: a name of what is gone may be given again."""
+            consoles = [tmp_path / f"{host.number}.said" for host in hosts]
+            for host, console in zip(hosts, consoles, strict=True):
+                console.write_text("")
+                host.start(["sh", "-c", f"{script}; sleep 1"], console)
+            assert None not in [host.wait(20) for host in hosts]
+            return [console.read_text().split() for console in consoles]
 
         look = "hostname; ls -d /proc/[0-9]* | wc -l; readlink /proc/self/ns/pid /proc/self/ns/net"
-        first, second = (says(host, look) for host in hosts)
+        first, second = say(look, *hosts)
         assert first[0] == "host0" and second[0] == "host1" and int(first[1]) < 10
         assert len({*first[2:], *second[2:]}) == 4
         reach = ("import socket; s = socket.socket(); s.settimeout(1); print(s.connect_ex(('10.77.0.1', 9)))")
-        assert says(hosts[1], f'{sys.executable} -c "{reach}"') == [str(errno.ECONNREFUSED)], "it is there"
+        assert say(f'{sys.executable} -c "{reach}"', hosts[1]) == [[str(errno.ECONNREFUSED)]], "it is there"
         hosts[0].cut()
-        assert says(hosts[1], f'{sys.executable} -c "{reach}"') != [str(errno.ECONNREFUSED)]
+        assert say(f'{sys.executable} -c "{reach}"', hosts[1]) != [[str(errno.ECONNREFUSED)]]

@@ -22,10 +22,9 @@ import yaml
 from nanopoe.checkpoint import digest, list_steps, open_checkpoint
 from nanopoe.config import experiment_from_dict
 from nanopoe.dist import World
-from nanopoe.errors import DataError, PeerError
 from nanopoe.train import loop, signals
 from nanopoe.train.signals import Signals
-from nanopoe.train.status import Status, read_status, resume_command, whoami
+from nanopoe.train.status import Status, read_status
 from tests.faults.process import follow
 from tests.ranks import experiment_dict, forked, run_ranks
 
@@ -154,69 +153,6 @@ def test_one_ranks_signal_stops_all_and_nothing_is_lost(data: Path, whole: Path,
     assert metrics(cut) == metrics(whole), "the evaluation was made up for"
     told = read_status(cut)
     assert told is not None and (told["state"], told["exit_code"], told["resume"]) == ("finished", 0, None)
-
-
-# -- status.json ------------------------------------------------------------------------------------------------------
-
-def test_who_writes_the_status(tmp_path: Path) -> None:
-    def of_rank(rank: int) -> Status:
-        status = Status(tmp_path, rank, 3)
-        status.begin(4, 10, whoami())
-        return status
-
-    def lost(*ranks: int) -> PeerError:
-        error = PeerError(f"rank {ranks} is gone")
-        error.ranks = ranks
-        return error
-
-    before = Status(tmp_path, 0, 3)
-    assert not before.fail(DataError("refused")) and read_status(tmp_path) is None, "the folder may be another job's"
-    zero = of_rank(0)
-    assert (read_status(tmp_path) or {})["state"] == "running"
-    assert not of_rank(1).fail(DataError("x")), "all ranks have it, rank 0 tells it"
-    assert not of_rank(1).fail(lost(2))
-    assert not of_rank(2).fail(lost(0)), "rank 1 is there to tell it"
-    assert of_rank(1).fail(lost(0))
-    told = read_status(tmp_path)
-    assert told is not None and (told["state"], told["exit_code"]) == ("failed", 6)
-    assert "is gone" in told["reason"]
-    zero = of_rank(0)
-    assert zero.fail(DataError("a bad shard"))
-    assert not of_rank(1).fail(lost(0)), "rank 0 left with a better reason"
-    assert (read_status(tmp_path) or {})["exit_code"] == 3
-    late = of_rank(1)
-    late.begin(4, 10, "another 1")
-    assert late.fail(lost(0)), "control: that reason was of an earlier life"
-
-
-def test_a_disk_that_refuses_the_status_stops_nothing(data: Path, tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.replace
-
-    def refuse(source: Any, target: Any, **kw: Any) -> None:
-        if str(target).endswith("status.json"):
-            raise OSError(28, "No space left on device")
-        real(source, target, **kw)
-
-    monkeypatch.setattr(os, "replace", refuse)
-    assert loop.train(experiment_from_dict(experiment_dict(data, tmp_path), "test"), ALONE).step == 8
-    assert read_status(tmp_path) is None
-    monkeypatch.undo()
-    loop.train(experiment_from_dict(experiment_dict(data, tmp_path), "test"), ALONE)
-    assert (read_status(tmp_path) or {})["state"] == "finished"                             # control
-
-
-def test_the_command_to_go_on() -> None:
-    given = ["configs/x.yaml", "run_dir=out/a b", "resume.step=200", "schedule.cycles.0.steps=9", "--debug"]
-    kept = "configs/x.yaml 'run_dir=out/a b' schedule.cycles.0.steps=9 --debug"
-    assert resume_command("scripts.train", given, {}) == f"python -m scripts.train {kept}"
-    torchrun = {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "8"}
-    assert resume_command("scripts.train", given, torchrun) == \
-        f"torchrun --standalone --nproc-per-node=8 -m scripts.train {kept}"
-    nodes = {**torchrun, "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29400"}
-    assert resume_command("scripts.train", given, nodes) == (
-        "torchrun --nnodes=2 --node-rank=$NODE_RANK --master-addr=node0 --master-port=29400 --nproc-per-node=8 "
-        f"-m scripts.train {kept}")
 
 
 # -- by torchrun ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopoe.checkpoint import open_checkpoint
+from nanopoe.checkpoint import Checkpoint, open_checkpoint
 from nanopoe.config import experiment_from_dict, make_plan, valid_world_sizes
 from nanopoe.config.counts import trained_shapes
 from nanopoe.config.plan import parameter_homes
@@ -65,7 +65,12 @@ def difference(a: Path, b: Path) -> float:
         assert {n: (t.dtype, t.shape) for n, t in getattr(one, tensors).items()} == \
                {n: (t.dtype, t.shape) for n, t in getattr(other, tensors).items()}
     assert one.state.keys() == other.state.keys() and one.state["position"] == other.state["position"]
-    return max(float((one.read(n) - other.read(n)).norm() / one.read(n).norm().clamp(min=1e-30)) for n in one.weights)
+    return max(apart_by(one, other, n) for n in one.weights)
+
+
+def apart_by(one: Checkpoint, other: Checkpoint, name: str) -> float:
+    a, b = one.read(name), other.read(name)
+    return float((a - b).norm() / a.norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("changes, grids", [({"model.stage_heads": False}, [(2, 1), (2, 2)]), ({}, [(4, 1)]),
@@ -89,6 +94,28 @@ def test_weights_are_those_of_one_rank(data: Path, tmp_path: Path, changes: dict
     faster = tiny(data, tmp_path / "other", 2, **changes, **{"optim.scalar_lr": 0.101})
     run_ranks(train, 2, {**faster, "resume": {"allow": ["optim"]}})
     assert difference(alone, tmp_path / "other") > 1e-4
+
+
+BP = {"model.poe_mode": "none", "model.poe_every": None, "model.stage_heads": False}
+
+
+@pytest.mark.parametrize("source, changes", [({}, {}), (BP, {"model.stage_heads": False})],
+                         ids=["PoE to PoE", "BP to PoE"])
+def test_another_runs_weights_begin_alike_on_any_grid(data: Path, tmp_path: Path, source: dict[str, Any],
+                                                      changes: dict[str, Any]) -> None:
+    """init_from, with the moments and without: stages on two ranks end where one rank ends."""
+    go(data, tmp_path / "source", 1, 1, **source)
+    for optimizer in (True, False):
+        begin = {"path": str(tmp_path / "source"), "step": 4, "optimizer": optimizer}
+        alone, apart = (go(data, tmp_path / f"{optimizer} {P}", P, P, **changes, init_from=begin) for P in (1, 2))
+        one, other = open_checkpoint(alone, 6), open_checkpoint(apart, 6)
+        assert difference(alone, apart) < 1e-5
+        assert one.manifest.fingerprints == other.manifest.fingerprints and one.state["lineage"]
+        for key in ("lineage", "optimizer_steps", "tokens"):
+            assert one.state[key] == other.state[key], key
+        assert other.state["optimizer_steps"] == (10 if optimizer else 6)
+        assert max(apart_by(one, other, n) for n in one.optimizer_state) < 1e-4
+    assert difference(tmp_path / "True 2", tmp_path / "False 2") > 1e-4              # control: it sees the moments
 
 
 def memory(world: World, experiment: dict[str, Any]) -> list[Any]:

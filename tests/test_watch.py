@@ -103,6 +103,9 @@ def test_truncation_keeps_bytes_and_tells_the_evaluations(tmp_path: Path) -> Non
     assert path.read_bytes() == b"".join(raw[:4])
     assert path.stat().st_ino != inode
     assert truncate_metrics(tmp_path / "none.jsonl", 3) == set()
+    for foreign in (b'{"kind": "eval", "step": "x"}', b'{"kind": "eval"}', b'[1]', b'{"step": null}', b'\xff'):
+        path.write_bytes(b"".join(raw[:4]) + foreign + b"\n")
+        assert truncate_metrics(path, 3) == {2} and path.read_bytes() == b"".join(raw[:4]), foreign
     told, _ = watch(tmp_path, start_step=3)
     assert told.evaluated == {2}
     told.eval(EVAL)

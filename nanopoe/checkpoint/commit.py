@@ -147,7 +147,7 @@ def prepare(temporary: Path, size: int) -> list[str]:
     warnings = clean(temporary.parent)
     free = shutil.disk_usage(temporary.parent).free
     if free < ROOM * size:
-        raise StorageError(f"{free / 2**20:,.0f} MiB are free, a checkpoint needs {ROOM * size / 2**20:,.0f}",
+        raise StorageError(f"{free / 2**20:,.1f} MiB are free, a checkpoint needs {ROOM * size / 2**20:,.1f}",
                            temporary.parent, "free some space")
     os.mkdir(temporary)
     return warnings

@@ -1,4 +1,8 @@
-"""One job in a run folder: RUN/.lock, held by rank 0 with flock as long as the run lives."""
+"""One job in a run folder: RUN/.lock, held by rank 0 with flock as long as the run lives.
+
+Whoever takes it writes who holds it: so the text tells lives of a run apart, also where there are no locks, or where
+those of a lost host last for a while.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +48,7 @@ def run_lock(run_dir: str | Path, world: World) -> Iterator[list[str]]:
 
 def take(handle: int, path: Path) -> list[str]:
     """Lock an open file and write into it who holds it."""
+    warnings = []
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -53,12 +58,24 @@ def take(handle: int, path: Path) -> list[str]:
         if held:
             raise ConfigError(f"another job trains in this folder: {read_holder(handle)}", path,
                               "wait for it, stop it, or use another run_dir") from error
-        return [f"{path.parent} is on a file system without locks: see that no other job trains in it"]
+        warnings = [f"{path.parent} is on a file system without locks: see that no other job trains in it"]
     holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid(),
                          "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    os.ftruncate(handle, 0)
-    write_all(handle, holder.encode() + b"\n")
-    return []
+    try:
+        os.ftruncate(handle, 0)
+        write_all(handle, holder.encode() + b"\n")
+        os.fsync(handle)                                 # other hosts read it
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error              # os.write knows no name
+    return warnings
+
+
+def life_of(run_dir: str | Path) -> str:
+    """The text of RUN/.lock, which names the last life of the run; empty if it cannot be read."""
+    try:
+        return (Path(run_dir) / ".lock").read_bytes()[:4096].decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def read_holder(handle: int) -> str:

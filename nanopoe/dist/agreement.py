@@ -17,6 +17,7 @@ from nanopoe.errors import (
     PeerError,
     StorageError,
     everywhere,
+    typed,
 )
 
 KINDS = {e.kind: e for e in (NanopoeError, ConfigError, DataError, CheckpointError, NumericsError, PeerError,
@@ -37,7 +38,8 @@ def agree(device: torch.device | str = "cpu", group: Group | None = None) -> Ite
     except NanopoeError as error:
         failure = error
     except OSError as error:
-        failure = StorageError(error.strerror or str(error), error.filename, "free some space or check the rights")
+        failure = typed(error)
+        assert failure is not None
         failure.__cause__ = error
     except Exception as error:
         if size() == 1:

@@ -7,7 +7,8 @@ the thread itself tells, keeps the stacks in the rank's log and ends the process
 how long each rank takes for its part of a step, so that `slow_ranks` (pace.py) costs no collective.
 
 There is no heartbeat on one rank, nor where the ranks meet by a file. torchrun's agent holds the store and outlives its
-ranks; without torchrun rank 0 holds it, and its loss is rank 0's. A lost store of an agent stops no run that moves.
+ranks; without torchrun rank 0 holds it, and its loss is rank 0's. A lost store of an agent stops no run that moves; once
+it no longer does, each rank names the host that held the store, and whom it can still look at: those of its machine.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class Heartbeat(threading.Thread):
         self._known: list[int] = []                     # ranks whose record is in the store
         self._call: Call | None = None                  # the last one to the store
         self._blind = ""                                # why the store cannot be read
+        self._blind_at = 0.0                            # since when, of the roll's clock
         self._telling = threading.Lock()
         self._told: PeerError | None = None
         self._wake, self._published = threading.Event(), threading.Event()
@@ -142,11 +144,12 @@ class Heartbeat(threading.Thread):
 
     def _beat(self, seconds: float) -> None:
         """Say where this rank is, hear the others, and judge unless it is leaving already."""
-        records = self._exchange()
+        blind, records = self._blind, self._exchange()
         self.roll.hear({**records, self.rank: self._record}, seconds)
+        self._blind_at = self.roll.clock if self._blind and not blind else self._blind_at
         self.pace.hear([peer.record for peer in self.roll.peers], seconds)
         if self._left is None and self._told is None and self._telling.acquire(blocking=False):
-            verdict = (self.roll.gone(NOTICE_S) or self._alone()) if self._blind else self.roll.judge()
+            verdict = (self._gone(NOTICE_S) or self._alone()) if self._blind else self.roll.judge()
             if verdict is not None:
                 self._tell_and_end(verdict)
             self._telling.release()
@@ -186,15 +189,30 @@ class Heartbeat(threading.Thread):
         mine = self.roll.peers[self.rank]
         if not pulse.waiting or self.roll.clock - mine.moved < self.timeout_s:
             return None
-        return self._without_store() or Verdict(
-            (), f"waits for the others since step {pulse.step} ({pulse.phase}), and the store is gone: {self._blind}")
+        verdict = self._without_store()
+        waits = f"; this rank waits for the others since step {pulse.step} ({pulse.phase})"
+        return replace(verdict, what=verdict.what + waits) if verdict.cut_off else verdict
 
-    def _without_store(self) -> Verdict | None:
-        if not self._held_by_rank_0:
-            return None
-        stopped = self.roll.stopped((0,))
-        return self.roll.verdict([0], lambda _: "is stopped (State: T)" if stopped else
-                                 "is gone, and the store of the rendezvous with it")
+    def _gone(self, notice_s: float = 0.0) -> Verdict | None:
+        """Who of this machine was lost before the store: those that left later did so because of it."""
+        return self.roll.gone(notice_s, self._blind_at + BEAT_S)
+
+    def _without_store(self) -> Verdict:
+        """Rank 0 if it held the store; else what is known: the host that did, and where rank 0 was."""
+        zero = self.roll.peers[0]
+        if self._held_by_rank_0:
+            stopped = self.roll.stopped((0,))
+            lost = self.roll.verdict([0], lambda _: "is stopped (State: T)" if stopped else
+                                     f"is {'' if zero.state else 'out of reach or '}gone, and the store of the "
+                                     "rendezvous with it")
+            assert lost is not None
+            return lost
+        seen = ""
+        if zero.record is not None and zero.state is None:          # not of this machine, where it can be looked at
+            at = zero.record
+            seen = f"; rank 0 was last seen in step {at.step} ({at.phase}, pid {at.pid} on {at.host})"
+        return Verdict((), f"the store of the rendezvous on {os.environ['MASTER_ADDR']} is gone ({self._blind}): that "
+                           f"host is lost, or the network to it{seen}", cut_off=True)
 
     def _tell_and_end(self, verdict: Verdict) -> None:
         """Tell that a rank is lost and end this process, from the thread: the training thread cannot be reached."""
@@ -215,7 +233,7 @@ class Heartbeat(threading.Thread):
 
     def _error(self, verdict: Verdict) -> PeerError:
         lost = PeerError(verdict.what, f"rank {self.rank}", GO_ON)
-        lost.ranks = verdict.ranks
+        lost.ranks, lost.cut_off = verdict.ranks, verdict.cut_off
         return lost
 
     # -- from the other threads ------------------------------------------------------------------------------------
@@ -228,10 +246,15 @@ class Heartbeat(threading.Thread):
             verdict, end = None, time.monotonic() + NOTICE_S + 2 * BEAT_S
             while verdict is None and time.monotonic() < end:
                 time.sleep(BEAT_S / 5)
-                verdict = (self.roll.gone() or self._without_store()) if self._blind else self.roll.explain()
+                verdict = self._explain_blind() if self._blind else self.roll.explain()
+            if verdict is None and self._blind:
+                verdict = self._without_store()
             self._told = self._error(verdict or Verdict((), f"another rank is gone or hangs: {reason}"))
             self._end = time.monotonic() + LEAVE_S, self._told.exit_code
             return self._told
+
+    def _explain_blind(self) -> Verdict | None:
+        return self._gone() or (self._without_store() if self._held_by_rank_0 else None)
 
     def leave(self, error: BaseException | None) -> None:
         """Say that this rank leaves. Without an error the thread ends too."""

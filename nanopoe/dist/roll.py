@@ -65,10 +65,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which ranks are lost, in words too."""
+    """Which ranks are lost, in words too. `cut_off`: none is known, since the store is gone that all speak by."""
 
     ranks: tuple[int, ...]
     what: str
+    cut_off: bool = False
 
 
 @dataclass
@@ -116,9 +117,11 @@ class Roll:
         records = [p.record for r, p in enumerate(self.peers) if r in ranks and p.record is not None]
         return [record.pid for record in records if self._look(record) == "stopped"]
 
-    def gone(self, notice_s: float = 0.0) -> Verdict | None:
-        """Who left with an error, or whose process is gone from this machine, and has been for `notice_s`."""
-        lost = [r for r, p in enumerate(self.peers) if p.missed is not None and self.clock - p.missed >= notice_s]
+    def gone(self, notice_s: float = 0.0, until: float = float("inf")) -> Verdict | None:
+        """Who left with an error, or whose process is gone from this machine, and has been for `notice_s`; since
+        `until` at the latest, of the roll's clock."""
+        lost = [r for r, p in enumerate(self.peers)
+                if p.missed is not None and self.clock - p.missed >= notice_s and p.missed <= until]
         first = [r for r in lost if not self._record(r).blames]
         if first:
             return self.verdict(first, lambda record: "left" if record.left else "is gone")

@@ -16,6 +16,7 @@ from nanopoe.export.publish_tree import MAIN, Change, Content, message, source_i
 
 AUTHOR = {"NAME": "nanopoe", "EMAIL": "nanopoe@localhost", "DATE": "@0 +0000"}
 FILE = "100644"
+MAKING = "nanopoe-making"                # a file in the folder until the repository is whole
 
 
 class GitTarget:
@@ -25,7 +26,8 @@ class GitTarget:
         self.folder, self.label = folder, str(folder)
         if shutil.which("git") is None:
             raise ConfigError("git is not installed", "--to", "install git, or publish with --repo alone")
-        self.made = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        self.begun = (folder / MAKING).is_file()                 # by a publish that was killed, or had no room
+        self.made = not self.begun and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         if self.made and not ((folder / "HEAD").is_file() and (folder / "objects").is_dir()):
             raise ConfigError("is in use, and is not a bare git repository", folder, "choose a new or empty folder")
 
@@ -64,9 +66,17 @@ class GitTarget:
     def _make(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir() if self.begun else ():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != MAKING:
+                    path.unlink()
+            (self.folder / MAKING).touch()
+            self.begun = True
+            self._git("init", "--quiet", "--bare", "--object-format=sha1", "--template=", f"--initial-branch={MAIN}")
+            (self.folder / MAKING).unlink()
         except OSError as error:
             raise self._refused(error.strerror or str(error)) from error
-        self._git("init", "--quiet", "--bare", "--object-format=sha1", "--template=", f"--initial-branch={MAIN}")
         self.made = True
 
     def _blob(self, path: Path) -> str:
@@ -86,9 +96,11 @@ class GitTarget:
                  "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"})
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-            raise self._refused(f"git: {said[-1][:200]}")
-        return done.stdout.decode()
+            told = next((line for line in said if line.startswith(("fatal:", "error:"))), said[-1])
+            locked = ".lock': File exists" in told               # by a git that was killed
+            raise self._refused(f"git: {told[:400]}", "remove that file if no other git works there" if locked else "")
+        return done.stdout.decode(errors="surrogateescape")      # of others: no name of ours holds any
 
-    def _refused(self, what: str) -> StorageError:
+    def _refused(self, what: str, do: str = "") -> StorageError:
         return StorageError(f"cannot be written or read ({what})", self.folder,
-                            "free space or check the rights, and run the same command again")
+                            f"{do or 'free space or check the rights'}, and run the same command again")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +20,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from nanopoe.errors import ConfigError, NanopoeError, StorageError
-from nanopoe.export.publish_tree import MAIN, SOURCE, Change, Content, source_in
+from nanopoe.export.publish_tree import MAIN, REPO, SOURCE, Change, Content, source_in
 
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 WAITS = (1.0, 2.0, 4.0)                  # seconds before a request is made again; then it is an error
 PASSING = (408, 429, 500, 502, 503, 504)
 AGAIN = "run the same command again: it goes on where it stopped"

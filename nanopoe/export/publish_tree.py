@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 MAIN = "main"
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 BRANCH = re.compile(r"step-(\d{6,18})")
 FIGURES = "figures"                      # the pictures of the card
 # What an export may have written that the next one may not: two sets of weights in one repo would be ambiguous.

@@ -17,7 +17,7 @@ CHECKS: tuple[Check, ...] = (
     ("world", (), check_world), ("same", (), check_same), ("clocks", (), check_clocks), ("folder", (), check_folder),
     ("disk", ("world",), check_disk), ("all-reduce", (), check_reduce), ("data", (), check_data),
     ("kernels", (), check_kernels), ("memory", ("world",), check_memory),
-    ("dry batch", ("world", "data", "kernels", "memory"), check_batch))
+    ("dry batch", ("world", "same", "data", "kernels", "memory"), check_batch))
 CHEAP = ("world", "same", "clocks", "folder", "disk", "all-reduce")
 
 

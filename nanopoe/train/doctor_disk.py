@@ -18,7 +18,8 @@ from nanopoe.config.counts import group_of, parameter_shapes, trained_shapes
 from nanopoe.config.memory import FP32
 from nanopoe.config.shares import Kind, state_elements
 from nanopoe.errors import StorageError
-from nanopoe.train.doctor_exam import Exam, Found, Trouble, size_text, told
+from nanopoe.train.compute import size_text
+from nanopoe.train.doctor_exam import Exam, Found, Trouble, told
 
 PROBE_BYTES = 1 << 16
 SEEN_S = 3.0                 # in which what one rank wrote must be seen by all: a network's file system may lag
@@ -62,7 +63,8 @@ def begin(probe: Path, made: list[Path]) -> None:
         os.mkdir(path)
         if path != probe:
             made.append(path)
-    (probe / "rank_0").write_bytes(b"here")
+    with DurableFile(probe / "rank_0") as file:
+        file.write(b"here")
 
 
 def write_probe(probe: Path, rank: int) -> float:

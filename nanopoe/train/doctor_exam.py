@@ -13,7 +13,6 @@ import torch
 
 from nanopoe import dist
 from nanopoe.config import Experiment
-from nanopoe.config.memory import GIB
 from nanopoe.dist import World
 from nanopoe.errors import NanopoeError, PeerError, everywhere
 
@@ -129,7 +128,3 @@ def told(ranks: Sequence[int]) -> str:
 
 def count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-def size_text(size: int) -> str:
-    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"

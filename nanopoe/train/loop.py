@@ -7,6 +7,7 @@ from typing import Any
 
 from nanopoe import dist
 from nanopoe.checkpoint import run_lock
+from nanopoe.checkpoint.lock import life_of
 from nanopoe.config import Experiment, config_hash, dump_experiment
 from nanopoe.config.counts import count_parameters, flops_per_token
 from nanopoe.data.position import merge_positions, summary
@@ -19,7 +20,7 @@ from nanopoe.train.drift import compare_ranks
 from nanopoe.train.evaluate import evaluate
 from nanopoe.train.saves import Saves
 from nanopoe.train.signals import Signals
-from nanopoe.train.status import Status, whoami
+from nanopoe.train.status import Status
 from nanopoe.train.step import Losses, train_step
 from nanopoe.train.watch import Header, Watch
 
@@ -37,7 +38,7 @@ def train(experiment: Experiment, world: World, signals: Signals | None = None, 
         healthy = preflight(experiment, world)
         run = build_run(experiment, world)
         run.warnings += warnings + healthy.warnings
-        status.begin(run.step, run.plan.total_steps, dist.gather_json(whoami(), world.device)[0])
+        status.begin(run.step, run.plan.total_steps, dist.gather_json(life_of(run.folder), world.device)[0])
         with run.loader, run.saver, watch_of(run) as watch, out_of_memory(experiment, world.device), \
                 Collector() as collector:
             watch.event("doctor", healthy.line)

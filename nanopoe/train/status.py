@@ -2,26 +2,34 @@
 
 Keys: state (running | finished | preempted | failed), step, total_steps, checkpoint (the newest step saved), reason
 (the one line of the error, or the signal), exit_code, world_size, host, pid, time, resume. Rank 0 writes it; another
-one only to say that rank 0 is lost. "running" with no such process on `host` means that all ranks were killed.
+one only to say that rank 0 is lost, or the store of the rendezvous, which is likely to be on rank 0's host. "running"
+with no such process on `host` means that all ranks were killed.
+
+A survivor may notice long after the loss, when the run has been started again. So it writes only while RUN/.lock names
+the life it was in, which it reads and does not take: a start that finds it taken is refused. And only while nobody of
+this life has told its end: survivors take turns, by a lock on status.json itself.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nanopoe.checkpoint.files import replace_file
+from nanopoe.checkpoint.lock import life_of
 from nanopoe.checkpoint.store import list_steps
-from nanopoe.errors import PREEMPTED, NanopoeError, PeerError, StorageError
+from nanopoe.errors import PREEMPTED, PeerError, StorageError, typed
 
 STATUS = "status.json"
+TURN_S = 2.0                 # to wait for another rank that writes; a disk may hang
 
 
 class Status:
@@ -36,11 +44,13 @@ class Status:
         self.state: str | None = None
         self.step, self.total_steps = 0, 0
         self.exit_code: int | None = None
-        self._life = ""                            # what only the files of this life have: host and pid of rank 0
+        self._life = ""
+        self._before: dict[str, Any] | None = None # what was told when this life began, most likely by the one before
 
     def begin(self, step: int, total_steps: int, life: str) -> None:
-        """The run is built and stands at `step`. `life` is `whoami()` of rank 0."""
+        """The run is built and stands at `step`. `life` is `life_of` the run folder, as rank 0 reads it."""
         self.total_steps, self._life = total_steps, life
+        self._before = read_status(self.path.parent)
         self.tell("running", step)
 
     def tell(self, state: str, step: int, reason: str | None = None) -> None:
@@ -54,33 +64,46 @@ class Status:
         """`error` ends the run on this rank. Whether this rank is the one to tell it."""
         if self.state is None or self.state in ("finished", "failed"):
             return False
-        self.state, self.exit_code = "failed", getattr(error, "exit_code", 1)
-        if not (self._speaks_for_rank_0(error) if self.rank != 0 else self._speaks_first(error)):
+        ours = typed(error)
+        self.state, self.exit_code = "failed", 1 if ours is None else ours.exit_code
+        lost = error if isinstance(error, PeerError) else None
+        if self.rank != 0 and (lost is None or not (0 in lost.ranks or lost.cut_off)):
             return False
-        text = error.render() if isinstance(error, NanopoeError) else f"error[internal] {type(error).__name__}: {error}"
-        self._write(text)
-        return True
+        text = f"error[internal] {type(error).__name__}: {error}" if ours is None else ours.render()
+        with self._turn():
+            speaks = lost is None or self._untold()
+            if speaks:
+                self._write(text)
+        return speaks
 
-    def _speaks_first(self, error: BaseException) -> bool:
-        """Rank 0 was stopped, and is awake to hear that the others are gone: they left for it, and have said so."""
-        told = read_status(self.path.parent) or {}
-        return not (isinstance(error, PeerError) and told.get("state") == "failed")
-
-    def _speaks_for_rank_0(self, error: BaseException) -> bool:
-        """Whether rank 0 is lost, with no better reason told by itself, and this is the first rank that is not."""
-        if not isinstance(error, PeerError) or 0 not in error.ranks:
+    def _untold(self) -> bool:
+        """Whether this is still the last life of the run, and nobody has told its end: neither rank 0 with a better
+        reason nor another survivor. (Rank 0 may have been stopped, and wake to hear that the others left for it.)"""
+        if life_of(self.path.parent) != self._life:
             return False
         told = read_status(self.path.parent)
-        own = told is not None and f"{told.get('host')} {told.get('pid')}" == self._life
-        if told is not None and own and told.get("state") == "failed":
-            return False
-        return self.rank == min(set(range(self.size)) - set(error.ranks), default=self.rank)
+        return told is None or told == self._before or told.get("state") == "running"
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """While no other rank that fails writes, if it can be had in TURN_S."""
+        try:
+            handle = os.open(self.path, os.O_RDWR)
+        except OSError:                                          # nothing was told yet, or nothing can be
+            yield
+            return
+        try:
+            end = time.monotonic() + TURN_S
+            while not _locked(handle) and time.monotonic() < end:
+                time.sleep(0.02)
+            yield
+        finally:
+            os.close(handle)
 
     def _write(self, reason: str | None) -> None:
-        host, _, pid = whoami().rpartition(" ")
         value = {"state": self.state, "step": self.step, "total_steps": self.total_steps,
                  "checkpoint": max(self._saved(), default=None), "reason": reason, "exit_code": self.exit_code,
-                 "world_size": self.size, "host": host, "pid": int(pid),
+                 "world_size": self.size, "host": socket.gethostname(), "pid": os.getpid(),
                  "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                  "resume": None if self.state == "finished" else self.resume}
         with suppress(StorageError):
@@ -99,9 +122,15 @@ def fail(status: Status, error: BaseException) -> None:
         print(f"to go on: {status.resume}", flush=True)
 
 
-def whoami() -> str:
-    """Host and process id of this process."""
-    return f"{socket.gethostname()} {os.getpid()}"
+def _locked(handle: int) -> bool:
+    """Whether this process holds the file now, or its disk has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def read_status(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

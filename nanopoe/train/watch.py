@@ -283,11 +283,12 @@ def truncate_metrics(path: Path, step: int) -> set[int]:
             line = json.loads(text) if text.endswith(b"\n") else None
         except ValueError:
             line = None
-        if not isinstance(line, dict) or (line.get("step") or 0) > step:
+        at = line.get("step") if isinstance(line, dict) else None
+        if type(at) is not int or at > step:                               # what is no line of ours is torn, too
             continue
         kept.append(text)
-        if line.get("kind") == "eval":
-            evaluated.add(line["step"])
+        if isinstance(line, dict) and line.get("kind") == "eval":
+            evaluated.add(at)
     if len(kept) != len(raw):
         replace_file(path, b"".join(kept))
     return evaluated
