@@ -222,6 +222,10 @@ def listed(question: str) -> list[str]:
     return re.findall(r"[a-z]+", question.rpartition(":")[2])
 
 
+def written(value: Any, compact: bool) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":") if compact else None)
+
+
 def braced(question: str) -> dict[str, str | int]:
     return json.loads(re.search(r"\{.*\}", question)[0])                       # type: ignore[index, no-any-return]
 
@@ -235,8 +239,8 @@ def chosen(question: str) -> str:
 
 
 def pairs_in(question: str) -> dict[str, Any]:
-    """`a is 3, b = "x" and c = [1]` behind "Write as JSON: " or at the beginning."""
-    text, found = question.rpartition("Write as JSON: ")[2], {}
+    """`a is 3, b = "x" and c = [1]` behind "Write as JSON: ", "Write as compact JSON: ", or at the beginning."""
+    text, found = re.sub("^Write as (compact )?JSON: ", "", question), {}
     while name := re.match(r"(?:, | and )?(\w+)(?: is | = )", text):
         value, end = json.JSONDecoder().raw_decode(text, name.end())
         found[name[1]], text = value, text[end:]
@@ -273,8 +277,8 @@ def without_opening(question: str) -> str:
 
 TEXT: dict[str, Callable[[str], str]] = {
     "repeat": lambda q: repeated(without_opening(q)),
-    "as json": lambda q: json.dumps(pairs_in(without_opening(q)), ensure_ascii=False),
-    "look up": lambda q: json.dumps({name: braced(q)[name] for name in asked_for(q)}, ensure_ascii=False),
+    "as json": lambda q: written(pairs_in(without_opening(q)), "compact JSON" in q),
+    "look up": lambda q: written({name: braced(q)[name] for name in asked_for(q)}, written(braced(q), True) in q),
     "choose": lambda q: chosen(without_opening(q)),
     "reverse": lambda q: "".join(reversed(quoted(q)[0])),
     "count letter": lambda q: str(sum(letter == quoted(q)[0] for letter in quoted(q)[1])),

@@ -1,7 +1,8 @@
 """Generated exercises in reading: what a call needs besides its form.
 
 Find a name or a value in the text and write it again, letter by letter. Values are of all kinds that arguments have, so
-that a kind which only few functions take is no surprise; words are made up, so that none can be known by heart.
+that a kind which only few functions take is no surprise, and of lists, which are long; JSON is also compact, where what
+is copied is cut into other tokens; words are made up, so that none can be known by heart.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ _NAMES_OF_PYTHON = tuple(sorted(name for name in {*dir(builtins), *keyword.kwlis
 # few that begin with one plain consonant: the words should be none
 _SYLLABLE = (("bl", "br", "d", "dr", "fl", "gl", "gr", "kl", "kr", "l", "m", "pl", "pr", "r", "sk", "sl", "sn", "sp",
               "st", "t", "tr", "v", "z"), ("a", "e", "i", "o", "u"), ("", "", "", "l", "n", "r", "s"))
+
+
+LISTS = "ints", "sorted", "words"
+ONE_LINE, COMPACT = (", ", ": "), (",", ":")        # separators of JSON
 
 
 class Inventive(Draws):
@@ -46,9 +51,9 @@ class Inventive(Draws):
 
 
 def _value(draws: Draws) -> Any:
-    kind = draws.integer(0, 3)
-    if kind == 3:
-        return KINDS[draws.one(sorted(KINDS))].draw(draws)
+    kind = draws.integer(0, 4)
+    if kind >= 3:
+        return KINDS[draws.one(sorted(KINDS) if kind == 3 else LISTS)].draw(draws)
     return draws.integer(2, 9999) if kind == 0 else " ".join(draws.some(WORDS, draws.integer(1, 3)))
 
 
@@ -65,8 +70,8 @@ def made_up_names(draws: Draws, n: int) -> list[str]:
     return [before + "_".join(next(words) for _ in range(draws.integer(1, 2))) for _ in range(n)]
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _json(value: Any, separators: tuple[str, str] = ONE_LINE) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=separators)
 
 
 def _repeat(draws: Draws) -> Task:
@@ -79,15 +84,17 @@ def _repeat(draws: Draws) -> Task:
 def _as_json(draws: Draws) -> Task:
     values = {name: _value(draws) for name in _names(draws, draws.integer(1, 5))}
     given = listed(values, draws.one((" is ", " = ")))
-    question = draws.one((f"Write as JSON: {given}", f"{given}. Make that a JSON object."))
-    return Task(question, _json(values), f"json {given}")
+    layout, what = draws.one(((ONE_LINE, "JSON"), (COMPACT, "compact JSON")))
+    question = draws.one((f"Write as {what}: {given}", f"{given}. Make that a {what} object."))
+    return Task(question, _json(values, layout), f"json {given}")
 
 
 def _look_up(draws: Draws) -> Task:
     values = {name: _value(draws) for name in _names(draws, draws.integer(2, 5))}
-    text, names = _json(values), draws.some(list(values), draws.integer(1, min(3, len(values))))
+    layout = draws.one((ONE_LINE, COMPACT))
+    text, names = _json(values, layout), draws.some(list(values), draws.integer(1, min(3, len(values))))
     question = draws.one((f"{text}\nGive me {', '.join(names)} of that.", f"Take {', '.join(names)} from {text}."))
-    return Task(question, _json({name: values[name] for name in names}), f"look up {names} {text}")
+    return Task(question, _json({name: values[name] for name in names}, layout), f"look up {names} {text}")
 
 
 def _choose(draws: Draws) -> Task:
