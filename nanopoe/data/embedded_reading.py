@@ -62,12 +62,12 @@ def _names(draws: Draws, n: int) -> list[str]:
     return draws.some(WORDS if draws.integer(0, 1) else sorted(BY_NAME), n)
 
 
-def made_up_names(draws: Draws, n: int) -> list[str]:
-    """n different ones as functions have: some times they begin alike, as those of a module do."""
-    words, before = iter(draws.some(WORDS, 2 * n + 1)), ""
+def made_up_names(draws: Draws, n: int, most: int = 2) -> list[str]:
+    """n different ones as functions have, of up to `most` words: some times they begin alike, as those of a module."""
+    words, before = iter(draws.some(WORDS, most * n + 1)), ""
     if draws.integer(0, 3) == 0:
         before = f"{next(words)}_"
-    return [before + "_".join(next(words) for _ in range(draws.integer(1, 2))) for _ in range(n)]
+    return [before + "_".join(next(words) for _ in range(draws.integer(1, most))) for _ in range(n)]
 
 
 def _json(value: Any, separators: tuple[str, str] = ONE_LINE) -> str:
@@ -85,7 +85,8 @@ def _as_json(draws: Draws) -> Task:
     values = {name: _value(draws) for name in _names(draws, draws.integer(1, 5))}
     given = listed(values, draws.one((" is ", " = ")))
     layout, what = draws.one(((ONE_LINE, "JSON"), (COMPACT, "compact JSON")))
-    question = draws.one((f"Write as {what}: {given}", f"{given}. Make that a {what} object."))
+    question = draws.one((f"Write as {what}: {given}", f"Write as {what}: {given}.",       # the full stop is no value's
+                          f"{given}. Make that a {what} object."))
     return Task(question, _json(values, layout), f"json {given}")
 
 
@@ -98,7 +99,7 @@ def _look_up(draws: Draws) -> Task:
 
 
 def _choose(draws: Draws) -> Task:
-    names = made_up_names(draws, draws.integer(2, 5))
+    names = made_up_names(draws, draws.integer(2, 5), 3)
     wanted = draws.one(names)
     question = draws.one((f"Of {', '.join(names)}: which begins with {wanted[:4]}?",
                           f"{', '.join(names)}. Give me the one that ends in {wanted[-4:]}."))
@@ -111,7 +112,7 @@ def _described(draws: Draws) -> Task:
     """The name that stands with a description, as a function's does in its schema."""
     n = draws.integer(2, 4)
     things = {name: " ".join(draws.some(WORDS, draws.integer(2, 4))).capitalize() + "."
-              for name in made_up_names(draws, n)}
+              for name in made_up_names(draws, n, 3)}
     wanted = draws.one(list(things))
     given = draws.one((_json([{"name": name, "description": text} for name, text in things.items()]),
                         "\n".join(_json({"name": name, "description": text}) for name, text in things.items()),
