@@ -66,7 +66,7 @@ def test_paths_that_cannot_be(finished: Path, tmp_path: Path, cli: Call) -> None
         refused(cli("checkpoint", verb, "a\nb"), 4, "checkpoint", r"a\\nb.*: no checkpoint; train first")
         assert cli("checkpoint", verb, run).code == 0                                                # control
     refused(cli("publish", LONG, "--to", tmp_path / "git"), 7, "storage", "File name too long")
-    for name in ("a\nb", "/tmp/\udcff", 'a"b', "a\\b"):
+    for name in ("a\nb", "x\udcff", 'a"b', "a\\b"):
         refused(cli("publish", run, "--to", tmp_path / name), 2, "config", "the cards cannot tell the name")
     for repo in ("me", "../x", "me/x y", 'me/"x"', "ünï/x"):
         refused(cli("publish", run, "--repo", repo, "--to", tmp_path / "git"), 2, "config", "expected ORG/NAME, got")

@@ -1,6 +1,7 @@
 """The experiment: every knob, typed, frozen, strict. No torch here, so checking a file takes no time.
 
-Rule: a knob that changes the learned weights has no default and stands in the experiment file; a knob that only
+Rule: a knob that changes the learned weights has no default and stands in the experiment file, but for what a recipe
+can do without and is off or 1 where it is not named (weight, repeat, replay_steps, document_mask); a knob that only
 changes what we see, or how fast, may have one. Absent is `null`, never -1.
 """
 
