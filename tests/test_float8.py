@@ -59,6 +59,15 @@ def test_what_8_bits_can_say_is_exact() -> None:
         assert torch.equal(mine, wanted)
 
 
+def test_gradients_have_the_wider_range() -> None:
+    """Of 2^-24 beside 1 a gradient keeps something, and a value nothing."""
+    x, dy = torch.eye(16), torch.eye(16)
+    x[0, 0] = dy[0, 0] = 2.0**24
+    y, dx, _ = results(float8_linear, x, torch.eye(16), dy)
+    assert torch.equal(dx.diagonal(), dy.diagonal())
+    assert y[0, 0] == 2.0**24 and not y[1:].any()
+
+
 @pytest.mark.parametrize("dtype", [FORWARD, BACKWARD])
 def test_scales(dtype: torch.dtype) -> None:
     x = torch.tensor([0.0, 1e-6, -3e-6])
